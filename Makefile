@@ -1,0 +1,41 @@
+# Every recipe runs from this folder by relative paths, so a checkout whose path has spaces works.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: help setup series outputs test lab readme
+
+help:
+	@echo "make series    train and show everything: runs the notebooks into _series/"
+	@echo "               (BLT_PRESET=ci in seconds a notebook, laptop by default, gpu for a large GPU)"
+	@echo "make test      every check, and every notebook at BLT_PRESET=ci"
+	@echo "make lab       JupyterLab on nbs/"
+	@echo "make readme    README.md from nbs/index.ipynb"
+	@echo "make outputs   put the outputs of the last 'make series' into the notebooks in nbs/"
+	@echo "make setup     only set up .venv (the others do it by themselves)"
+	@echo "Python 3.11 to 3.13 is needed; choose one with PYTHON=python3.12"
+
+setup: .venv/.ready
+	@:
+
+# An environment that works is kept, with the Python it was made with; PYTHON counts when there is none.
+.venv/.ready: settings.ini constraints.txt
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "blt_nb needs Python 3.11 to 3.13, and .venv has %d.%d: remove .venv, then make PYTHON=python3.12" % v)'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch .venv/.ready
+
+series: setup
+	@$(PY) .ci/series.py
+
+outputs: setup
+	@$(PY) .ci/keep_outputs.py
+
+test: setup
+	@$(PY) .ci/test.py
+
+lab: setup
+	@$(PY) -m jupyterlab nbs
+
+readme: setup
+	@$(PY) .ci/readme.py
