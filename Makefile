@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup series outputs test lab readme
+.PHONY: help setup series outputs test lab readme docs
 
 help:
 	@echo "make series    train and show everything: runs the notebooks into _series/"
@@ -11,6 +11,7 @@ help:
 	@echo "make lab       JupyterLab on nbs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
 	@echo "make outputs   put the outputs of the last 'make series' into the notebooks in nbs/"
+	@echo "make docs      the documentation site into _docs/ (needs Quarto)"
 	@echo "make setup     only set up .venv (the others do it by themselves)"
 	@echo "Python 3.11 to 3.13 is needed; choose one with PYTHON=python3.12"
 
@@ -35,7 +36,10 @@ test: setup
 	@$(PY) .ci/test.py
 
 lab: setup
-	@$(PY) -m jupyterlab nbs
+	@$(PY) -m jupyterlab nbs $$([ "$$(id -u)" != 0 ] || echo --allow-root)
 
 readme: setup
 	@$(PY) .ci/readme.py
+
+docs: setup
+	@$(PY) .ci/docs.py

@@ -110,8 +110,13 @@ class Client(NotebookClient):
         return self.km
 
     def process_message(self, msg, cell, cell_index):
+        content = msg["content"]
         if msg["msg_type"] == "stream":
-            self.progress.heard(msg["content"]["text"])
+            self.progress.heard(content["text"])
+        elif msg["msg_type"] == "comm_msg":  # a notebook's progress bar is a widget whose label is its value
+            label = content["data"].get("state", {}).get("value")
+            if isinstance(label, str):
+                self.progress.heard(html.unescape(label))
         return super().process_message(msg, cell, cell_index)
 
 
@@ -129,11 +134,11 @@ def execute(path: Path, progress: Progress):
                 if cell.cell_type != "code":
                     continue
                 first = next((line.strip() for line in code(cell).splitlines() if line.strip()), "")
-                progress.start_cell(path.stem, i + 1, len(nb.cells), first[:60])
+                progress.start_cell(path.stem, i + 1, len(nb.cells), first[:50])
                 try:
                     client.execute_cell(cell, i)
                 except CellExecutionError as error:
-                    failed = (i + 1, cell, strip_ansi(str(error)))
+                    failed = (i + 1, cell, strip_ansi(error.traceback))
                     break
                 except DeadKernelError:
                     failed = (i + 1, cell, "The kernel died, as it does when memory runs out.")
@@ -147,6 +152,10 @@ def execute(path: Path, progress: Progress):
 def page_name(name: str) -> str:
     "The page of a notebook. _series/index.html is the list of pages, so that index.ipynb becomes overview.html."
     return ("overview" if name == "index" else name) + ".html"
+
+
+PAGE_STYLE = "<style>main { max-width: 60rem; margin: 0 auto } nav a { font-family: sans-serif; color: LinkText }</style>"
+PAGE_TOP = '<nav><a href="index.html">the series</a></nav>'
 
 
 def page(nb, pages: set[str]) -> str:
@@ -163,7 +172,8 @@ def page(nb, pages: set[str]) -> str:
             cell.metadata["transient"] = {"remove_source": not cell.metadata["echo"]}
     logging.getLogger("traitlets").setLevel(logging.ERROR)
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    return exporter.from_notebook_node(nb, {"metadata": {"name": title(nb)}})[0]
+    text = exporter.from_notebook_node(nb, {"metadata": {"name": title(nb)}})[0]
+    return text.replace("</head>", PAGE_STYLE + "</head>", 1).replace("<main>", "<main>" + PAGE_TOP, 1)
 
 
 INDEX = """<!doctype html>
