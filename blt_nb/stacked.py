@@ -1,7 +1,6 @@
 import copy, dataclasses, math
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 
 import pandas as pd
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt_nb.data import Loader
-from blt_nb.model import BLT, BLTConfig, LevelConfig, PatchedLoader, fit_blt, get_blt, save_blt
+from blt_nb.model import BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, fit_blt, get_blt, save_blt, training_flops
 from blt_nb.patching import Patches, ThresholdPatcher, calibrate
 from blt_nb.training import fit, load_or_train, load_splits, preset
 from blt_nb.transformer import RMSNorm, TransformerConfig, init_linear
@@ -120,20 +119,18 @@ def train_surprisal_head(
     return head, history.rename(columns={"loss": "squared error"}).drop(columns="valid")
 
 def surprisal_patcher(
-    blt: BLT,           # trained
-    train,              # corpus
-    mean_group: float,  # wanted mean length, patches a second-order patch
-    max_group: int,     # longest
-    rule: str = "threshold", # "threshold" (U is high) or "rise" (U has risen)
-    seed: int = 0,
-) -> SurprisalPatcher: # calibrated
-    "Train the head on a BLT and find its threshold: everything that cutting the next level needs."
-    data, p = preset("data"), preset("head")
-    loader = PatchedLoader(Loader(train, data.window, data.batch_size, seed + 2), blt.segment)
-    head, _ = train_surprisal_head(blt, loader, p.hidden, p.steps, p.lr, seed)
-    patcher = SurprisalPatcher(blt.reader(), head, max_length=max_group)
+    blt: BLT,                          # trained, any number of levels
+    head: SurprisalHead | None = None, # trained on it; None: trained now
+    rule: str = "threshold",           # "threshold" (U is high) or "rise" (U has risen)
+    seed: int = 0,                     # of the head's weights and of the data order
+) -> SurprisalPatcher: # calibrated to the running preset's mean length on training text
+    "Everything that cutting the next level needs: a copy of the model that reads, the head, and the threshold."
+    data, p, level = preset("data"), preset("head"), preset("stacked")
+    loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed + 2), blt.segment)
+    if head is None: head, _ = train_surprisal_head(blt, loader, p.hidden, p.steps, p.lr, seed)
+    patcher = SurprisalPatcher(blt.reader(), head, max_length=level.max_group)
     batches = [(ids, None, patches) for ids, patches in (loader.batch(p.steps + i) for i in range(32))]
-    return calibrate(patcher, batches, mean_group, rule)
+    return calibrate(patcher, batches, level.mean_group, rule)
 
 def stack(
     blt: BLT,                   # trained; stays as it is
@@ -163,3 +160,35 @@ def stack(
         if name.startswith(prefix + "decoder.unpools.") and name.endswith("cross.out.weight"): weights[name] = torch.zeros_like(weights[name])
     grown.load_state_dict(weights)
     return grown
+
+def stacked_config() -> BLTConfig:
+    "The two-level BLT of the running preset: the byte level of the one-level model, and one level more."
+    p, one = preset("stacked"), blt_config()
+    items = dict(width=one.latent.width, heads=one.latent.heads)
+    level = LevelConfig(TransformerConfig(layers=p.encoder_layers, **items), TransformerConfig(layers=p.decoder_layers, **items))
+    return BLTConfig([*one.levels, level], TransformerConfig(width=p.latent_width, layers=p.latent_layers, heads=p.latent_heads), one.ngrams)
+
+def train_stacked(
+    blt: BLT,                  # trained, one level; its patcher becomes the first of the new model
+    patcher: SurprisalPatcher, # cuts its patches, see `surprisal_patcher`
+    seed: int = 0,             # of weights and data order
+) -> tuple[BLT, pd.DataFrame]: # the model and its history, see `blt_nb.training.fit`
+    """Train the two-level BLT of the running preset from scratch, score it, and save it as the checkpoint `blt-2`.
+
+    It sees the same text in the same order as the one-level model and spends as many training FLOPs."""
+    train, valid = load_splits()
+    data, p = preset("data"), preset("stacked")
+    torch.manual_seed(seed)
+    model = BLT(stacked_config(), [*copy.deepcopy(blt.patchers), patcher])
+    each = training_flops(model, [preset("blt").mean_patch, p.mean_group], data.window)
+    budget = training_flops(blt, [preset("blt").mean_patch], data.window) * preset("blt").steps
+    history = fit_blt(model, train, valid, max(1, round(budget / each)), p.lr, seed, "two-level BLT")
+    save_blt("blt-2", model, history, valid, seed)
+    return model.eval(), history
+
+def get_stacked() -> BLT:
+    "The two-level BLT of the running preset, loaded if there is a fitting checkpoint, else trained."
+    def train():
+        blt = get_blt()
+        train_stacked(blt, surprisal_patcher(blt))
+    return load_or_train("blt-2", BLT, train)

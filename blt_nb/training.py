@@ -383,16 +383,16 @@ PRESETS = {
                     ngram_sizes=(3, 4, 5), ngram_rows=2048, ngram_width=16, mean_patch=4.5, max_patch=24, steps=120, lr=8e-3),
         "byte": dict(width=64, layers=1, heads=2, lr=8e-3),
         "head": dict(hidden=32, steps=40, lr=3e-3),
-        "stacked": dict(latent_width=64, latent_layers=1, latent_heads=2, mean_group=4.5, max_group=12, steps=40, lr=4e-3),
+        "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=64, latent_layers=1, latent_heads=2, mean_group=4.5, max_group=16, lr=8e-3),
     },
     "laptop": {
         "data": dict(window=512, batch_size=8, valid_documents=None),
-        "entropy": dict(width=128, layers=2, heads=2, attention=128, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=8192, ngram_width=32, steps=3000, lr=4e-3),
-        "blt": dict(width=128, heads=2, attention=256, encoder_layers=1, decoder_layers=2, latent_width=256, latent_layers=4, latent_heads=4,
-                    ngram_sizes=(3, 4, 5, 6, 8), ngram_rows=8192, ngram_width=32, mean_patch=4.5, max_patch=24, steps=1500, lr=3e-3),
+        "entropy": dict(width=128, layers=1, heads=2, attention=64, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=4096, ngram_width=40, steps=3600, lr=5e-3),
+        "blt": dict(width=128, heads=2, attention=128, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=3, latent_heads=4,
+                    ngram_sizes=(2, 3, 4, 5, 6, 8), ngram_rows=4096, ngram_width=64, mean_patch=4.5, max_patch=24, steps=2300, lr=5e-3),
         "byte": dict(width=192, layers=4, heads=3, lr=2e-3),
         "head": dict(hidden=256, steps=300, lr=2e-3),
-        "stacked": dict(latent_width=256, latent_layers=4, latent_heads=4, mean_group=4.5, max_group=16, steps=700, lr=1.5e-3),
+        "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=2, latent_heads=4, mean_group=4.5, max_group=16, lr=5e-3),
     },
     "gpu": {
         "data": dict(window=2048, batch_size=32, valid_documents=None),
@@ -401,7 +401,7 @@ PRESETS = {
                     ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=65536, ngram_width=64, mean_patch=4.5, max_patch=64, steps=4000, lr=8e-4),
         "byte": dict(width=768, layers=12, heads=12, lr=8e-4),
         "head": dict(hidden=1024, steps=500, lr=1e-3),
-        "stacked": dict(latent_width=2048, latent_layers=4, latent_heads=16, mean_group=4.5, max_group=32, steps=1500, lr=5e-4),
+        "stacked": dict(encoder_layers=4, decoder_layers=4, latent_width=1024, latent_layers=8, latent_heads=16, mean_group=4.5, max_group=32, lr=8e-4),
     },
 }
 

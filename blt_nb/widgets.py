@@ -571,7 +571,7 @@ def plot_document(
     for ax in axes: ax.grid(alpha=0.3)
     return figure
 
-# %% ../nbs/06_inspecting.ipynb #9b4c85b1
+# %% ../nbs/06_inspecting.ipynb #88eb302f
 def import_ipywidgets():
     "The module. `ImportError` with the remedy if it isn't installed."
     try: import ipywidgets
@@ -703,8 +703,8 @@ class PatchExplorer:
         "The figure of `plot_entropies` as a picture in the page."
         import base64, io
         import matplotlib.pyplot as plt
-        part, buffer = self.cutting.first(len(clip(self.cutting.ids, 270))), io.BytesIO()
-        figure = draw_entropies(part, self.total, 90)
+        part, buffer = self.cutting.first(len(clip(self.cutting.ids, 240))), io.BytesIO()
+        figure = draw_entropies(part, self.total, 80)
         figure.savefig(buffer, format="png", dpi=100, facecolor="white")
         plt.close(figure)
         return f'<img alt="entropy of each byte, with the threshold and patch starts" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
