@@ -126,7 +126,7 @@ def execute(path: Path, progress: Progress):
     client = Client(nb, timeout=None, coalesce_streams=True, store_widget_state=False,
                     resources={"metadata": {"path": str(NBS)}})
     client.progress = progress
-    env = {**os.environ, "BLT_PRESET": preset(), "BLT_RETRAIN": "1"}
+    env = {**os.environ, "BLT_PRESET": preset()}
     failed = None
     try:
         with client.setup_kernel(env=env):

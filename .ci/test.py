@@ -122,7 +122,6 @@ def notebook_passes(path: Path):
     "Run one notebook through nbdev_test at the smallest preset."
     with tempfile.TemporaryDirectory() as ipython:
         env = {**os.environ, "BLT_PRESET": "ci", "OMP_NUM_THREADS": "1", "IPYTHONDIR": ipython}
-        env.pop("BLT_RETRAIN", None)
         try:
             done = run([BIN / "nbdev_test", "--path", path, "--n_workers", "0"], cwd=ROOT, env=env, timeout=LIMIT)
         except subprocess.TimeoutExpired as expired:
