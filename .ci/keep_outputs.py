@@ -1,6 +1,6 @@
 """Copy the outputs of the last `make series` at preset laptop into the notebooks in nbs/, and clean them.
 
-Only outputs are copied, and only into notebooks whose cells are still those that ran.
+Only outputs are copied, and only into notebooks whose code is still what ran; prose may have changed since.
 """
 import json
 import os
@@ -14,6 +14,10 @@ from notebooks import NBS, ROOT, series_notebooks
 STATE = ROOT / "_series" / "series.json"
 
 
+def code_cells(nb) -> list:
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
 def problem(path, run: dict | None) -> str | None:
     "Why the outputs of this notebook cannot be kept."
     if run is None:
@@ -22,9 +26,9 @@ def problem(path, run: dict | None) -> str | None:
         return f"ran at preset {run['preset']}: committed outputs are those of laptop"
     if run["status"] != "ok":
         return run["status"]
-    ran, now = (nbformat.read(p, as_version=4) for p in (STATE.parent / path.name, path))
-    if [(c.cell_type, c.source) for c in ran.cells] != [(c.cell_type, c.source) for c in now.cells]:
-        return "was edited after it ran"
+    ran, now = (code_cells(nbformat.read(p, as_version=4)) for p in (STATE.parent / path.name, path))
+    if [c.source for c in ran] != [c.source for c in now]:
+        return "has other code than what ran"
 
 
 def main():
@@ -37,9 +41,8 @@ def main():
             print(f"left alone: {path.name} {why}")
             continue
         nb, ran = nbformat.read(path, as_version=4), nbformat.read(STATE.parent / path.name, as_version=4)
-        for cell, source in zip(nb.cells, ran.cells):
-            if cell.cell_type == "code":
-                cell.outputs = source.outputs
+        for cell, source in zip(code_cells(nb), code_cells(ran)):
+            cell.outputs = source.outputs
         nbformat.write(nb, path)
         kept.append(path)
     if kept:
