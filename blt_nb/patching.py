@@ -7,7 +7,7 @@ __all__ = ['RULES', 'Patches', 'mean_length', 'level_items', 'make_patches', 'Pa
            'check_bytes_only', 'is_spacelike', 'SpacePatcher', 'cut', 'ThresholdPatcher', 'EntropyPatcher',
            'byte_alphabet', 'train_bpe', 'BPEPatcher', 'find_threshold', 'calibrate']
 
-# %% ../nbs/05_patching.ipynb #cca1b3e2
+# %% ../nbs/05_patching.ipynb #4668e475
 import json, math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .data import OFFSET, check_ids, documents
+from .data import OFFSET, VOCAB_SIZE, check_ids, documents
 from .entropy import EntropyConfig, EntropyModel
 
 # %% ../nbs/05_patching.ipynb #3818c4ba
@@ -335,9 +335,11 @@ class ThresholdPatcher(Patcher):
 
     def to_dict(self): return super().to_dict() | {"threshold": self.threshold, "rise": self.rise}
 
-# %% ../nbs/05_patching.ipynb #eafdf20f
+# %% ../nbs/05_patching.ipynb #458cca02
 class EntropyPatcher(ThresholdPatcher):
-    "A patch starts before a byte that is hard to predict (paper, section 2.3). Freezes the model that it is given. Bytes only."
+    """A patch starts before a byte that is hard to predict (paper, section 2.3). Freezes the model that it is given. Bytes only.
+
+    `ValueError` for a finite threshold that no byte can cross; an infinite one says that only the maximum length should cut."""
     kind = "entropy"
     def __init__(self,
         model: EntropyModel,            # scores a byte by the entropy of the next one
@@ -347,6 +349,10 @@ class EntropyPatcher(ThresholdPatcher):
         reset_at_newline: bool = False, # let the model forget everything before the last newline
     ):
         super().__init__(threshold, rise, max_length)
+        highest = math.log(VOCAB_SIZE) # all ids equally likely
+        if threshold is not None and highest <= threshold < math.inf:
+            raise ValueError(f"threshold is {threshold} nats, and no byte crosses it: the entropy of {VOCAB_SIZE} ids is at most {highest:.3f}; "
+                             "take a smaller one, or find one with calibrate(...)")
         self.model, self.reset_at_newline = model.requires_grad_(False).eval(), reset_at_newline
 
     @torch.no_grad()
@@ -354,7 +360,7 @@ class EntropyPatcher(ThresholdPatcher):
         check_bytes_only(self, below)
         check_ids(ids)
         if not ids.numel(): return torch.zeros(ids.shape, device=ids.device)
-        positions = 2**12 if ids.device.type == "cpu" else 2**16 # at a time: on a CPU, what fits its cache goes faster
+        positions = 2**13 if ids.device.type == "cpu" else 2**16 # at a time: on a CPU, what fits its cache goes faster
         rows = max(1, positions // ids.shape[1])
         parts = [self.model.entropies(part, reset_at_newline=self.reset_at_newline) for part in ids.split(rows)]
         return torch.cat(parts)
