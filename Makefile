@@ -2,14 +2,16 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup series outputs test lab readme docs
+.PHONY: help setup series outputs html test bench lab readme docs
 
 help:
 	@echo "make series    train and show everything: runs the notebooks into _series/"
 	@echo "               (BLT_PRESET=ci in seconds a notebook, laptop by default, gpu for a large GPU)"
 	@echo "make test      every check, and every notebook at BLT_PRESET=ci"
+	@echo "make bench     speed and memory beside the implementation in transformers (a quiet machine, 15 minutes)"
 	@echo "make lab       JupyterLab on nbs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
+	@echo "make html      the notebooks as static pages into _site/, which need no network"
 	@echo "make outputs   put the outputs of the last 'make series' into the notebooks in nbs/"
 	@echo "make docs      the documentation site into _docs/ (needs Quarto)"
 	@echo "make setup     only set up .venv (the others do it by themselves)"
@@ -32,8 +34,16 @@ series: setup
 outputs: setup
 	@$(PY) .ci/keep_outputs.py
 
+html: setup
+	@$(PY) .ci/pages.py
+
 test: setup
 	@$(PY) .ci/test.py
+
+bench: setup
+	@$(PY) -m nbconvert --to notebook --execute --inplace --log-level WARN nbs/checks/bench.ipynb
+	@.venv/bin/nbdev_clean --fname nbs/checks/bench.ipynb
+	@echo "results: data/results/bench.csv   picture: data/results/bench.png   notebook: nbs/checks/bench.ipynb"
 
 lab: setup
 	@$(PY) -m jupyterlab nbs $$([ "$$(id -u)" != 0 ] || echo --allow-root)

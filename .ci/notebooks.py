@@ -2,6 +2,7 @@
 import os
 import posixpath
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def series_notebooks() -> list[Path]:
 def all_notebooks() -> list[Path]:
     "Every committed notebook: the series and the checks."
     return series_notebooks() + sorted((NBS / "checks").glob("*.ipynb"))
+
+
+def chromium() -> str | None:
+    "Chromium on this machine, or a browser made of it; the checks in a browser need one."
+    names = ("chromium", "chromium-browser", "google-chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium",
+             "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def title(nb) -> str:

@@ -8,7 +8,6 @@ import argparse
 import csv
 import html
 import json
-import logging
 import os
 import shutil
 import sys
@@ -21,10 +20,10 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 
-from notebooks import NBS, ROOT, code, preset, relink, series_notebooks, tidy_outputs, title, visible
+from notebooks import NBS, ROOT, code, preset, series_notebooks, tidy_outputs, title
+from pages import page, page_name
 
 OUT = ROOT / "_series"
 STATE = OUT / "series.json"
@@ -149,33 +148,6 @@ def execute(path: Path, progress: Progress):
     return nb, failed
 
 
-def page_name(name: str) -> str:
-    "The page of a notebook. _series/index.html is the list of pages, so that index.ipynb becomes overview.html."
-    return ("overview" if name == "index" else name) + ".html"
-
-
-PAGE_STYLE = "<style>main { max-width: 60rem; margin: 0 auto } nav a { font-family: sans-serif; color: LinkText }</style>"
-PAGE_TOP = '<nav><a href="index.html">the series</a></nav>'
-
-
-def page(nb, pages: set[str]) -> str:
-    "One HTML page of an executed notebook, its links leading to the other pages or to the files beside _series/."
-    def target(path: str, anchor: str) -> str:
-        name = Path(path).stem
-        return (page_name(name) if path == f"nbs/{name}.ipynb" and name in pages else f"../{path}") + anchor
-
-    nb = visible(nb)
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = relink(cell.source, target)
-        else:
-            cell.metadata["transient"] = {"remove_source": not cell.metadata["echo"]}
-    logging.getLogger("traitlets").setLevel(logging.ERROR)
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    text = exporter.from_notebook_node(nb, {"metadata": {"name": title(nb)}})[0]
-    return text.replace("</head>", PAGE_STYLE + "</head>", 1).replace("<main>", "<main>" + PAGE_TOP, 1)
-
-
 INDEX = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>The series</title>
@@ -259,7 +231,7 @@ def main():
     OUT.mkdir(exist_ok=True)
     state = json.loads(STATE.read_text()) if STATE.exists() else {"notebooks": {}}
     state["preset"] = name
-    pages = {path.stem for path in series_notebooks()}
+    pages = [path.stem for path in series_notebooks()]
 
     print(f"{len(paths)} notebooks at preset {name}, trained from scratch, into {OUT.name}/", flush=True)
     with Progress() as progress:
@@ -268,7 +240,7 @@ def main():
             nb, failed = execute(path, progress)
             seconds = time.monotonic() - began
             nbformat.write(nb, OUT / path.name)
-            (OUT / page_name(path.stem)).write_text(page(nb, pages), encoding="utf-8")
+            (OUT / page_name(path.stem)).write_text(page(nb, path.stem, pages, ".."), encoding="utf-8")
             status = f"failed in cell {failed[0]}" if failed else "ok"
             state["notebooks"][path.stem] = {"title": title(nb), "seconds": seconds, "status": status, "preset": name}
             write_index(state)

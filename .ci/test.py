@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from notebooks import NBS, ROOT, all_notebooks
+from notebooks import NBS, ROOT, all_notebooks, chromium
 
 WORKERS = 2  # notebooks at a time, each on one core
 LIMIT = 900  # seconds for one notebook
@@ -95,6 +95,16 @@ def readme_is_current():
     return "\n".join([*wrong, "run make readme"]) if wrong else None
 
 
+def pages_are_whole():
+    "The pages of `make html` lead nowhere that is not there, ask no host for anything, and are small."
+    import pages
+
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder) / "site"
+        pages.build(pages.read_series(NBS), site, "")
+        return "\n".join(pages.problems(site)) or None
+
+
 def dependencies_agree():
     done = run([sys.executable, "-m", "pip", "check", "--disable-pip-version-check"])
     return tail(done.stdout) if done.returncode else None
@@ -168,11 +178,14 @@ def main():
         "notebooks are clean": notebooks_are_clean,
         "no notebook shows an error": no_error_outputs,
         "README.md is what nbs/index.ipynb gives": readme_is_current,
+        "the notebooks become pages that need no network": pages_are_whole,
         "installed packages agree with each other": dependencies_agree,
         "blt_nb imports without Jupyter, nbdev or transformers": imports_bare,
     }.items():
         tally.report(name, *timed(check))
 
+    if chromium() is None:
+        print("Chromium is not installed: nbs/checks/browser.ipynb skips everything that it would check in a browser", flush=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         runs = [(path, pool.submit(timed, notebook_passes, path)) for path in all_notebooks()]
         for path, result in runs:

@@ -20,7 +20,8 @@ from .training import Pretrained, bits_per_byte, fit, load_or_train, load_splits
 from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, init_linear
 
 # %% ../nbs/04_entropy.ipynb #1f4e4a8e
-PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271, 3_267_000_013) # bases of the hash functions, those of the published models
+PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271, 3_267_000_013, 5_754_853_343, 4_093_082_899, 9_576_890_767,
+          3_628_273_133, 2_860_486_313, 5_463_458_053, 3_367_900_313) # bases of the hash functions, those of the published models
 
 def ngram_hashes(
     ids: Tensor, # (B, T) ids

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['PatcherState', 'new_items', 'patcher_state', 'StaticState', 'SpaceState', 'BPEState', 'IdWindow', 'EntropyModelState',
            'ThresholdState', 'EntropyState', 'TransformerState', 'LevelState', 'NetworkState', 'SurprisalState',
-           'State', 'Sampler', 'sample_bytes', 'generate', 'stream_text']
+           'State', 'Sampler', 'within', 'read', 'sample_bytes', 'generate', 'stream_text']
 
 # %% ../nbs/09_generation.ipynb #bbe06acc
-import codecs, math
+import codecs, copy, math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import EOS_ID, OFFSET, check_ids, encode
+from .data import BOS_ID, EOS_ID, OFFSET, check_ids, encode
 from .entropy import EntropyModel, NgramConfig
 from .model import BLT, Level
 from .patching import Patcher, ThresholdPatcher, check_bytes_only, is_spacelike
@@ -204,12 +205,14 @@ class LevelState:
     "A `Level` that goes on where it was. What is inside is another `LevelState`, or a `TransformerState`."
     def __init__(self,
         level: Level,
+        open_end: bool = False, # does its last group always count as going on? See `EntropyPatcher`
     ):
         self.level, self.encoder = level, TransformerState(level.encoder.transformer)
         self.inner = LevelState(level.inner) if isinstance(level.inner, Level) else TransformerState(level.inner)
         self.caches = level.decoder.transformer.caches() if level.decoder else None
         self.open = None   # (1, n, d) the encoder's output for the items of the open group
-        self.source = None # (1, 1, k · d) the inner network's output for the last complete group
+        self.known = None  # what the decoder knows of the last complete group, see `LocalDecoder.known`
+        self.open_end = open_end
 
     def push(self,
         x: Tensor,      # (1, T, d) new items, perhaps none
@@ -221,20 +224,29 @@ class LevelState:
         groups = self.inner.push(self.pool(x, ends), *inner)
         if self.level.decoder is None: return groups
         sources = ends.cumsum(0) - 1
-        if self.source is not None: groups, sources = torch.cat([self.source, groups], 1), sources + 1
-        self.source = groups[:, -1:]
-        return self.level.decoder.decode(x, groups, sources[None], self.caches)
+        known = self.known
+        if groups.shape[1]:
+            known = self.level.decoder.known(groups)
+            if self.known is not None: known = [torch.cat(pair, 1) for pair in zip(self.known, known)]
+        if self.known is not None: sources = sources + 1
+        self.known = [part[:, -1:] for part in known]
+        revised = self.open_end and bool(ends[-1] and sources[-1] > 0)
+        before = [copy.copy(cache) for cache in self.caches] if revised else None # copying is dear
+        y = self.level.decoder.write(x, known, sources[None], self.caches)
+        if not revised: return y
+        sources[-1] -= 1 # for now, the last item sees the group before; the caches are those of a text that goes on
+        return self.level.decoder.write(x, known, sources[None], before)
 
     def pool(self,
         x: Tensor,    # (1, T, d) the encoder's output for new items
         ends: Tensor, # (T,) bool
-    ) -> Tensor: # (1, n, k · d) vectors of the groups that are complete now
+    ) -> Tensor: # (1, n, group_width) vectors of the groups that are complete now
         "Pool what is complete, and keep the rest for later."
         if self.open is not None: x, ends = torch.cat([self.open, x], 1), F.pad(ends, (self.open.shape[1], 0))
         count, group = int(ends.sum()), ends.cumsum(0) - ends.long()
         complete = group < count
         self.open = x[:, ~complete]
-        if not count: return x.new_zeros(1, 0, self.level.encoder.pool.k * x.shape[2])
+        if not count: return x.new_zeros(1, 0, self.level.encoder.pool.group_width)
         return self.level.encoder.pool.segments(x[0, complete], group[complete], count)[None]
 
 # %% ../nbs/09_generation.ipynb #0393947d
@@ -243,7 +255,8 @@ class NetworkState:
     def __init__(self,
         blt: BLT, # with or without decoders
     ):
-        self.blt, self.window, self.level = blt, IdWindow(blt.config.ngrams), LevelState(blt.level)
+        open_end = len(blt.patchers) > 0 and blt.patchers[0].open_end
+        self.blt, self.window, self.level = blt, IdWindow(blt.config.ngrams), LevelState(blt.level, open_end)
 
     def push(self,
         ids: Tensor,            # (1, T) new ids
@@ -280,6 +293,10 @@ class State:
         self.blt, self.patchers, self.network = blt, [patcher_state(patcher) for patcher in blt.patchers], NetworkState(blt)
         self.ends = [] # of the last `push`, for each level (n,) bool: did a group end with this new item?
 
+    def fork(self) -> "State":
+        "A second text that begins like this one and goes on by itself. The weights are shared."
+        return copy.deepcopy(self, {id(module): module for module in self.blt.modules()})
+
     @torch.no_grad()
     def push(self,
         ids: Tensor, # (T,) new ids, at least one; a text begins with BOS
@@ -290,7 +307,7 @@ class State:
         ids = ids[None].to(self.blt.embed.weight.device)
         self.ends = []
         for patcher in self.patchers: self.ends.append(patcher.push(ids, self.ends))
-        return self.blt.head(self.blt.norm(self.network.push(ids, self.ends)))[0]
+        return self.blt.logits(self.network.push(ids, self.ends))[0]
 
 # %% ../nbs/09_generation.ipynb #52d5c9c5
 class Sampler:
@@ -327,36 +344,67 @@ class Sampler:
         return int(torch.multinomial(self.probs(logits), 1, generator=self.random))
 
 # %% ../nbs/09_generation.ipynb #89764e25
+def within(
+    ids: list[int],      # of a text, BOS first
+    context: int | None, # most ids that a state holds; None: no limit
+) -> list[int]: # BOS and the last `context // 2` ids of a text that is longer than the context, else all
+    "What is read of a text."
+    return ids if context is None or len(ids) <= context else [BOS_ID, *ids[len(ids) - context // 2:]]
+
+def read(
+    blt: BLT,
+    ids: Sequence[int], # of a text, BOS first; perhaps none yet
+) -> State: # that has read them
+    "Begin a text."
+    state = State(blt)
+    if ids: state.push(torch.tensor(ids))
+    return state
+
 def sample_bytes(
-    state: State,     # what was read so far; reads on
-    ids: Tensor,      # (T,) ids to read first, at least one
+    state: State,       # has read all ids but the last; reads on
+    ids: Sequence[int], # the text so far, at least one id
     max_new_bytes: int, # most bytes to write
     sampler: Sampler,
+    context: int | None = None, # see `within`
 ) -> Iterator[bytes]: # one byte at a time; stops at EOS
-    "Read, then write byte after byte."
+    "Write byte after byte."
+    ids = list(ids)
     for _ in range(max_new_bytes):
-        i = sampler(state.push(ids)[-1])
+        near = within(ids, context)
+        if len(near) < len(ids): state, ids = read(state.blt, near[:-1]), near
+        i = sampler(state.push(torch.tensor(ids[-1:]))[-1])
         if i == EOS_ID: return
         yield bytes([i - OFFSET])
-        ids = torch.tensor([i])
+        ids.append(i)
 
 def generate(
     blt: BLT,
-    prompt: str | bytes,        # what the text begins with; bytes need not be whole characters
+    prompt: str | bytes | Sequence[str | bytes], # what the text begins with, bytes need not be whole characters; or several, one for each text
     max_new_bytes: int = 200,   # most bytes to write; fewer if the model ends the text (EOS)
     temperature: float = 1.0,   # see `Sampler`; 0: the likeliest byte each time
     top_k: int | None = None,   # see `Sampler`
     top_p: float | None = None, # see `Sampler`
     seed: int | None = None,    # see `Sampler`
-    stream: bool = False,       # return an iterator of bytes that yields them as they are written
-) -> str | Iterator[bytes]: # what comes after the prompt. As a str, bytes that are not UTF-8 are replaced by "�"
-    """Go on with a text, patch boundaries found as bytes arrive.
+    stream: bool = False,       # return an iterator that yields bytes as they are written
+    context: int | None = None, # ids that the model looks back on at most, for example the window that it was trained with, see `within`; None: all
+) -> str | list[str] | Iterator[bytes] | Iterator[tuple[bytes, ...]]: # what comes after the prompt; as a str, bytes that are not UTF-8 are replaced by "�"
+    """Go on with a text, or with several, patch boundaries found as bytes arrive.
 
-    `TypeError` for a prompt that is neither str nor bytes, `ValueError` for a negative length, and errors as in `Sampler`, `State` and `blt_nb.data.to_bytes`."""
-    if not isinstance(prompt, (str, bytes)): raise TypeError(f"prompt is a {type(prompt).__name__}; pass a str or bytes, one text at a time")
+    Several texts don't influence each other: each is what it would be alone, with a sampler of the same seed. Streamed, they come side by side, a tuple of bytes a
+    step, empty for a text that has ended. `TypeError` for a prompt that is neither str nor bytes nor a sequence of them, `ValueError` for a negative length or a
+    context below 2, and errors as in `Sampler`, `State` and `blt_nb.data.to_bytes`."""
+    one = isinstance(prompt, (str, bytes))
+    prompts = [prompt] if one else list(prompt) if isinstance(prompt, Sequence) else None
+    if prompts is None or not all(isinstance(p, (str, bytes)) for p in prompts):
+        raise TypeError(f"prompt is {prompt!r:.60}; pass a str or bytes, or a list of them")
     if max_new_bytes < 0: raise ValueError(f"max_new_bytes is {max_new_bytes}; it must be at least 0")
-    written = sample_bytes(State(blt), encode(prompt, bos=True), max_new_bytes, Sampler(temperature, top_k, top_p, seed))
-    return written if stream else b"".join(written).decode("utf-8", "replace")
+    if context is not None and context < 2: raise ValueError(f"context is {context}; it must be at least 2 ids, BOS and a byte, or None for no limit")
+    texts = [tuple(within(encode(p, bos=True).tolist(), context)) for p in prompts]
+    states = {ids: read(blt, ids[:-1]) for ids in set(texts)} # equal prompts are read once
+    written = [sample_bytes(states[ids].fork(), ids, max_new_bytes, Sampler(temperature, top_k, top_p, seed), context) for ids in texts]
+    if stream: return written[0] if one else zip_longest(*written, fillvalue=b"")
+    written = [b"".join(text).decode("utf-8", "replace") for text in written]
+    return written[0] if one else written
 
 # %% ../nbs/09_generation.ipynb #6059d78d
 def stream_text(

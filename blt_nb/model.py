@@ -8,10 +8,11 @@ __all__ = ['LevelConfig', 'BLTConfig', 'Level', 'BLT', 'entropy_patcher', 'selec
            'train_blt', 'get_blt', 'train_byte_model']
 
 # %% ../nbs/08_blt.ipynb #586374c3
-import copy, math
+import copy, dataclasses, math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,20 +25,29 @@ from .entropy import EntropyConfig, EntropyModel, NgramConfig, NgramEmbedding, g
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
 from .training import Pretrained, bits_per_byte, fast_precision, fit, load_or_train, load_splits, preset, round_bf16, save_stage
-from .transformer import RMSNorm, Transformer, TransformerConfig, init_linear
+from .transformer import RMSNorm, Transformer, TransformerConfig, init_linear, query_block
 
 # %% ../nbs/08_blt.ipynb #a77ff38f
 @dataclass
 class LevelConfig:
-    "The networks around one cut: they read and write items (bytes, or the patches of the level below). `ValueError` for different widths."
+    """The networks around one cut: they read and write items (bytes, or the patches of the level below). `ValueError` for sizes that don't fit together.
+
+    The defaults are ours; published models have other settings (see `blt_nb.pretrained`)."""
     encoder: TransformerConfig
     decoder: TransformerConfig | None = None # None: a level that only reads
+    k: int | None = None       # vectors of the items' width that a group has; None: as many as its width holds
+    skip: float = 1.0          # factor of the stream that cross-attention's result is added to; 2 in published models
+    unpools: int | None = None # blocks of the decoder with cross-attention, from the first; None: all
+    idle_pools: int = 0        # cross-attentions of the encoder that never count, carried so that such a model can go out as it came in
 
     def __post_init__(self):
         if isinstance(self.encoder, dict): self.encoder = TransformerConfig(**self.encoder)
         if isinstance(self.decoder, dict): self.decoder = TransformerConfig(**self.decoder)
         if self.decoder is not None and self.decoder.width != self.encoder.width:
             raise ValueError(f"the decoder is {self.decoder.width} wide, the encoder {self.encoder.width}; items have one width, so make them equal")
+        if self.k is not None and self.k < 1: raise ValueError(f"k is {self.k}; a group has at least one vector, or None for as many as its width holds")
+        if self.unpools is not None and (self.decoder is None or not 1 <= self.unpools <= self.decoder.layers):
+            raise ValueError(f"unpools is {self.unpools}; it must be from 1 to the {self.decoder.layers if self.decoder else 0} blocks of the decoder, or None for all")
 
 @dataclass
 class BLTConfig:
@@ -46,6 +56,7 @@ class BLTConfig:
     latent: TransformerConfig  # the transformer in the middle
     ngrams: NgramConfig | None = field(default_factory=NgramConfig) # hash n-gram embeddings of the bytes
     patchers: list[dict] = field(default_factory=list) # one a level, from `Patcher.to_dict`
+    tied: bool = False         # do the logits use the bytes' embedding as weights, in place of a head of their own?
 
     def __post_init__(self):
         self.levels = [LevelConfig(**level) if isinstance(level, dict) else level for level in self.levels]
@@ -64,8 +75,8 @@ class Level(nn.Module):
         config, *rest = levels
         self.inner = Level(rest, latent) if rest else Transformer(latent)
         group_width = rest[0].encoder.width if rest else latent.width
-        self.encoder = LocalEncoder(config.encoder, group_width)
-        self.decoder = LocalDecoder(config.decoder, group_width) if config.decoder else None
+        self.encoder = LocalEncoder(config.encoder, group_width, config.k, config.skip, config.idle_pools)
+        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools) if config.decoder else None
 
     def forward(self,
         x: Tensor,                  # (B, T, d) items
@@ -101,8 +112,8 @@ class BLT(nn.Module, Pretrained):
         self.ngrams = NgramEmbedding(config.ngrams, width) if config.ngrams else None
         self.level = Level(config.levels, config.latent)
         if config.levels[0].decoder is not None:
-            self.norm, self.head = RMSNorm(width, config.levels[0].decoder.eps), nn.Linear(width, VOCAB_SIZE, bias=False)
-            init_linear(self.head)
+            self.norm, self.head = RMSNorm(width, config.levels[0].decoder.eps), None if config.tied else nn.Linear(width, VOCAB_SIZE, bias=False)
+            if self.head is not None: init_linear(self.head)
 
     @torch.no_grad()
     def segment(self,
@@ -131,7 +142,14 @@ class BLT(nn.Module, Pretrained):
     ) -> Tensor: # (B, T, 260) logits of the id after each
         "Errors as in `check_ids`."
         if patches is None: patches = self.segment(ids)
-        return self.head(self.norm(self.level(self.embeddings(ids), patches)))
+        return self.logits(self.level(self.embeddings(ids), patches))
+
+    def logits(self,
+        x: Tensor, # (B, T, d) what the levels know at each id
+    ) -> Tensor: # (B, T, 260) of the id after each
+        "The end of `forward`: norm and head."
+        x = self.norm(x)
+        return nn.functional.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def states(self,
         ids: Tensor,                              # (B, T)
@@ -144,11 +162,21 @@ class BLT(nn.Module, Pretrained):
     def reader(self) -> "BLT": # frozen; has `states` of given patches, no logits
         "A copy of the part that reads, without decoders and patchers: enough to know how uncertain the latent transformer is."
         config = copy.deepcopy(self.config)
-        config.patchers, config.levels = [], [LevelConfig(level.encoder) for level in config.levels]
+        config.patchers, config.levels = [], [dataclasses.replace(level, decoder=None, unpools=None, idle_pools=0) for level in config.levels]
         reader = BLT(config)
         mine = self.state_dict()
         reader.load_state_dict({name: mine[name] for name in reader.state_dict()})
         return reader.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls,
+        path: str | Path, # a folder, or a Hub id as "user/name"
+        **kwargs,         # passed on to `huggingface_hub`, for example revision="main"
+    ) -> "BLT":
+        "The model, in float32 and for use (`eval`): what `save_pretrained` wrote, or published weights (see `blt_nb.pretrained`). Errors as in `Pretrained`."
+        from blt_nb.pretrained import load_published # it builds on this module
+        published = load_published(path, **kwargs)
+        return super().from_pretrained(path, **kwargs) if published is None else published
 
 # %% ../nbs/08_blt.ipynb #89938c18
 def entropy_patcher() -> EntropyPatcher:
@@ -179,7 +207,7 @@ class PatchedLoader:
     def __init__(self,
         loader: Loader, # batches of ids
         segment,        # ids (B, T) -> list[Patches], for example `blt.segment`
-        pool: int = 16, # batches cut and sorted together
+        pool: int = 32, # batches cut and sorted together
     ):
         self.loader, self.segment, self.pool, self.number, self.batches = loader, segment, pool, None, []
 
@@ -202,13 +230,14 @@ def transformer_flops(
     config: TransformerConfig,
     length: float, # positions read together
 ) -> float: # FLOPs of a forward pass for one position
-    "Matrix products of the blocks, two FLOPs a multiply-add; attention as `windowed_attention` computes it."
+    "Matrix products of the blocks, two FLOPs a multiply-add; attention as `windowed_attention` computes it on a CPU."
     c, head = config, config.width // config.heads
     linear = c.width * (c.heads + 2 * c.kv_heads) * head + c.width * c.width + 3 * c.width * c.hidden
     if c.window is None or length <= c.window: keys = length
     else:
-        block = max(32, c.window // 2)
-        keys = (-(-(c.window - 1) // block) * block + block) * math.ceil(length / block) * block / length
+        block = query_block(c.window, torch.device("cpu"))
+        back, begins = math.ceil((c.window - 1) / block) * block, range(0, math.ceil(length), block)
+        keys = sum((end - begin) * (end - max(0, begin - back)) for begin, end in zip(begins, [*begins[1:], length])) / length
     return c.layers * (2 * linear + 4 * keys * c.width)
 
 def flops_per_byte(
@@ -224,12 +253,14 @@ def flops_per_byte(
     for i, (level, mean) in enumerate(zip(config.levels, mean_lengths)):
         inner = config.levels[i + 1].encoder.width if i + 1 < len(config.levels) else config.latent.width
         d, name = level.encoder.width, f"level {i + 1}"
-        k = inner // d
-        # a group: spread d → k·d, and k queries and outputs; an item: keys and values
+        k = level.k or inner // d
+        def keys(network): return d * network.kv_heads // network.heads # width of the keys in cross-attention, and that of the values
+        # a group: spread d → k·d, k queries and outputs, k·d → inner where these differ; an item: keys and values
         parts[f"{name} encoder"] = share * transformer_flops(level.encoder, length)
-        parts[f"{name} pooling"] = share * 4 * d * d + share / mean * (2 * d * k * d + k * 4 * d * d)
+        parts[f"{name} pooling"] = share * 4 * d * keys(level.encoder) + share / mean * (2 * d * k * d + k * 4 * d * d + (2 * k * d * inner if k * d != inner else 0))
         if level.decoder is not None:
-            parts[f"{name} unpooling"] = share / mean * 2 * inner * inner + level.decoder.layers * (share * 4 * d * d + share / mean * k * 4 * d * d)
+            unpools = level.unpools or level.decoder.layers
+            parts[f"{name} unpooling"] = share / mean * 2 * inner * k * d + unpools * (share * 4 * d * d + share / mean * k * 4 * d * keys(level.decoder))
             parts[f"{name} decoder"] = share * transformer_flops(level.decoder, length)
         share, length = share / mean, length / mean
     parts["latent"] = share * transformer_flops(config.latent, length)

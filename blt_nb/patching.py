@@ -176,6 +176,7 @@ class Patcher(nn.Module):
 
     A subclass says where it wants a start in `wanted`, sets `kind`, and adds its settings to `to_dict`. The constructor takes these by name."""
     kind: str | None = None            # names the class in `to_dict`
+    open_end = False                   # does the last patch of a text always count as going on? See `EntropyPatcher`
     kinds: dict[str, type["Patcher"]] = {}  # all classes that have a name
 
     def __init_subclass__(cls, **kwargs):
@@ -347,13 +348,14 @@ class EntropyPatcher(ThresholdPatcher):
         rise: float | None = None,      # nats, see `cut`
         max_length: int | None = None,  # see `Patcher`
         reset_at_newline: bool = False, # let the model forget everything before the last newline
+        open_end: bool = False,         # no patch ends with a text's last byte, as in `transformers` where there is a maximum length (notebook 12)
     ):
         super().__init__(threshold, rise, max_length)
         highest = math.log(VOCAB_SIZE) # all ids equally likely
         if threshold is not None and highest <= threshold < math.inf:
             raise ValueError(f"threshold is {threshold} nats, and no byte crosses it: the entropy of {VOCAB_SIZE} ids is at most {highest:.3f}; "
                              "take a smaller one, or find one with calibrate(...)")
-        self.model, self.reset_at_newline = model.requires_grad_(False).eval(), reset_at_newline
+        self.model, self.reset_at_newline, self.open_end = model.requires_grad_(False).eval(), reset_at_newline, open_end
 
     @torch.no_grad()
     def scores(self, ids, lengths=None, below=()):
@@ -365,7 +367,14 @@ class EntropyPatcher(ThresholdPatcher):
         parts = [self.model.entropies(part, reset_at_newline=self.reset_at_newline) for part in ids.split(rows)]
         return torch.cat(parts)
 
-    def to_dict(self): return super().to_dict() | {"reset_at_newline": self.reset_at_newline, "model": asdict(self.model.config)}
+    def cut(self, scores, lengths=None):
+        patches = super().cut(scores, lengths)
+        if not self.open_end: return patches
+        unseen = torch.arange(scores.shape[1] + 1, device=scores.device) == patches.items[:, None] # the position after the last byte
+        return Patches(patches.starts & ~(unseen & (patches.items > 1)[:, None]), patches.mask)
+
+    def to_dict(self):
+        return super().to_dict() | {"reset_at_newline": self.reset_at_newline, "open_end": self.open_end, "model": asdict(self.model.config)}
 
     @classmethod
     def from_dict(cls, settings): return cls(**settings | {"model": EntropyModel(EntropyConfig(**settings["model"]))})

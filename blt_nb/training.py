@@ -388,7 +388,7 @@ PRESETS = {
     "laptop": {
         "data": dict(window=512, batch_size=8, valid_documents=None),
         "entropy": dict(width=128, layers=1, heads=2, attention=64, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=4096, ngram_width=40, steps=3600, lr=5e-3),
-        "blt": dict(width=128, heads=2, attention=128, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=3, latent_heads=4,
+        "blt": dict(width=128, heads=2, attention=256, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=3, latent_heads=4,
                     ngram_sizes=(2, 3, 4, 5, 6, 8), ngram_rows=4096, ngram_width=64, mean_patch=4.5, max_patch=24, steps=2300, lr=5e-3),
         "byte": dict(width=192, layers=4, heads=3, lr=2e-3),
         "head": dict(hidden=256, steps=300, lr=2e-3),
