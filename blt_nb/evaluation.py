@@ -8,13 +8,13 @@ __all__ = ['NOISES', 'CONTESTANTS', 'JUDGES', 'SCALES', 'Vocabulary', 'TokenStre
            'train_documents', 'vocabulary_of', 'patcher_key', 'remembered', 'device', 'trained_entropy_model',
            'committed', 'entropy_patches', 'patchers_of', 'ngrams_of', 'blt_config_of', 'Setup', 'cutting_flops',
            'set_up', 'sample', 'other_texts', 'noise_texts', 'score_texts', 'parameters_by_part', 'run_contestant',
-           'run_entropy_model', 'run_drift', 'run', 'Table', 'open_experiments', 'work', 'guessed_steps', 'progress',
-           'worker', 'main', 'bits_per_byte']
+           'run_entropy_model', 'run_compressor', 'run_drift', 'run', 'Table', 'open_experiments', 'work',
+           'guessed_steps', 'progress', 'worker', 'main', 'bits_per_byte']
 
-# %% ../nbs/11_evaluation.ipynb #889aa799
-import argparse, bisect, contextlib, dataclasses, functools, hashlib, io, json, math, multiprocessing, os, platform, signal, sys, time, traceback, warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+# %% ../nbs/11_evaluation.ipynb #088153c6
+import argparse, contextlib, dataclasses, functools, hashlib, json, math, multiprocessing, os, platform, shutil, time, traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import BOS_ID, OFFSET, ByteStream, Loader, data_dir, documents, encode, eval_batches, fingerprint, load_corpus, load_passages, name_hash
+from .data import COMPRESSORS, OFFSET, ByteStream, Loader, compressed_bpb, data_dir, documents, encode, eval_batches, fingerprint, load_corpus, load_passages, name_hash
 from .entropy import EntropyConfig, EntropyModel, NgramConfig
 from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, flops_per_byte, lm_flops_per_byte, transformer_flops
 from .patching import BPEPatcher, EntropyPatcher, Patcher, Patches, SpacePatcher, StaticPatcher, byte_alphabet, calibrate, mean_length, train_bpe
@@ -81,7 +81,7 @@ class Vocabulary:
         The guess for a byte is the likeliest continuation of the token's bytes before it, all tokens that begin so taken together."""
         device, right = logits.device, 0
         order, begins, ends, parents, paths = (torch.as_tensor(t, device=device) for t in (self.order, self.begins, self.ends, self.parents, self.paths))
-        for some, true in zip(logits.split(1024), targets.split(1024)):
+        for some, true in zip(logits.split(512), targets.split(512)):
             some, true = some[true >= OFFSET], true[true >= OFFSET] - OFFSET
             p = some[:, OFFSET:].double().softmax(1)[:, order]
             total = F.pad(p.cumsum(1), (1, 0))
@@ -232,8 +232,8 @@ def scale() -> SimpleNamespace:
 @dataclass(frozen=True)
 class Experiment:
     "What to train or to measure. With size and learning rate given it has a name, and is a row of the table."
-    part: str                  # what it is for: "learning rate", "sizes", "scaling", "seeds", "inference", "ablations", "drift", "tried"
-    contestant: str            # one of `CONTESTANTS`, or "entropy model" or "drift"
+    part: str                  # what it is for: "learning rate", "sizes", "scaling", "seeds", "inference", "ablations", "drift", "compressors", "tried"
+    contestant: str            # one of `CONTESTANTS`, or "entropy model", "drift" or one of `COMPRESSORS`
     budget: int | None = None  # number of the training-FLOP budget, from 0
     seed: int = 0              # of weights and data order
     size: str | None = None    # None: the best of the sweep at this budget
@@ -275,18 +275,22 @@ def experiments() -> list[Experiment]: # what matters most comes first
     "reset" (at newlines), "latent layers" and "local" (factor of the local models' width)."""
     s, all_ = scale(), list(CONTESTANTS)
     table = [Experiment("learning rate", c, 0, size=s.candidates[0][0], lr=lr) for c in all_ for lr in s.grid]
-    table += [Experiment("sizes", c, b, size=size) for b in range(len(s.budgets)) for c in dict.fromkeys(JUDGES.values()) for size in s.candidates[b]]
+    table += [Experiment("sizes", c, b, size=size) for b in reversed(range(len(s.budgets))) for c in dict.fromkeys(JUDGES.values()) for size in s.candidates[b]]
     table += [Experiment("scaling", c, b) for b in reversed(range(len(s.budgets))) for c in all_]
     entropy = [Experiment("ablations", "entropy model", options=(("entropy", name),)) for name in s.entropy]
-    table += entropy + [Experiment("drift", "drift", options=(("rule", rule), ("reset", reset))) for rule in ("threshold", "rise") for reset in (0, 1)]
+    table += [Experiment("compressors", name) for name in COMPRESSORS] + entropy
+    table += [Experiment("drift", "drift", options=(("rule", rule), ("reset", reset))) for rule in ("threshold", "rise") for reset in (0, 1)]
     def blt(part, budget, *options, contestant="BLT entropy", **more): return Experiment(part, contestant, budget, options=options, **more)
+    def seeds(others): # of the budgets at which ablations aren't made, or of the one at which they are
+        return [Experiment("seeds", c, b, seed=seed) for b, numbers in s.seeds.items() if (b != s.ablate_at) == others for seed in numbers if seed for c in all_]
     layers = s.sizes["blt"]["S"]["latent_layers"]
     table += [blt("inference", s.compare_at, ("mean patch", m), ("latent layers", round(layers * m / 4.5))) for m in s.mean_patches if m != 4.5]
+    table += seeds(others=False)
     table += [blt("ablations", s.ablate_at, ("n-grams", n)) for n in (0, 3, 5)] + [blt("ablations", s.ablate_at, ("n-grams", 8), contestant="byte-level")]
     table += [blt("ablations", s.ablate_at, *options) for options in ((("pool", "max"),), (("pool", "mean"),), (("unpool", "add"),), (("pool", "max"), ("unpool", "add")), (("pool", "mean"), ("unpool", "add")))]
     table += [blt("ablations", s.ablate_at, ("entropy", name)) for name in s.entropy]
     table += [blt("ablations", s.ablate_at, ("reset", 1), contestant=c) for c in ("BLT entropy", "BLT entropy rise")]
-    table += [Experiment("seeds", c, b, seed=seed) for seed in (1, 2) for b, seeds in s.seeds.items() if seed in seeds for c in all_]
+    table += seeds(others=True)
     table += [blt("tried", s.compare_at, ("stride", n), contestant="BLT static") for n in (5, 6)]
     table += [blt("tried", s.compare_at, ("local", factor)) for factor in (0.5, 2)]
     table += [blt("tried", s.compare_at, lr_factor=factor, contestant=c) for c in dict.fromkeys(JUDGES.values()) for factor in (0.5, 2)]
@@ -565,13 +569,18 @@ def run_contestant(
     steps = max(1, round(s.budgets[e.budget] / (3 * setup.flops * step_bytes)))
     row = dict(steps=steps, flops_per_byte=setup.flops, cutting_flops_per_byte=setup.cutting_flops, bytes_an_id=setup.bytes_an_id,
                mean_patch=setup.lengths[0] if setup.lengths else math.nan, mean_group=setup.lengths[1] if len(setup.lengths) > 1 else math.nan) | parameters_by_part(setup.model)
-    try: history = fit(setup.model, setup.loader, steps, e.lr, title=e.name)
-    except FloatingPointError: return row | dict(bpb=math.nan)
+    folder = cache_folder() / "runs" / hashlib.sha256(e.name.encode()).hexdigest()[:24] # an interrupted run goes on from there
+    try: history = fit(setup.model, setup.loader, steps, e.lr, title=e.name, checkpoint=folder, checkpoint_every=500)
+    except FloatingPointError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return row | dict(bpb=math.nan)
     seen = history.bytes.iloc[-1] * setup.bytes_an_id
     round_bf16(setup.model)
     row |= dict(bpb=score(setup.model, load_splits()[1], setup.window, setup.vocabulary).bpb, bytes_seen=round(seen), training_flops=3 * setup.flops * seen,
                 seconds=round(float(history.seconds.iloc[-1]), 2))
-    return row | (score_texts(setup) if e.budget >= s.texts_from and not e.options else {})
+    if e.budget >= s.texts_from and not e.options: row |= score_texts(setup)
+    shutil.rmtree(folder)
+    return row
 
 def run_entropy_model(
     e: Experiment, # its option "entropy" says which
@@ -580,6 +589,12 @@ def run_entropy_model(
     model, training = trained_entropy_model(dict(e.options)["entropy"])
     window = preset("data").window
     return dict(steps=scale().entropy_steps, flops_per_byte=lm_flops_per_byte(model.config, window), bpb=score(model, load_splits()[1], window).bpb) | training | parameters_by_part(model)
+
+def run_compressor(
+    e: Experiment, # its contestant says which
+) -> dict: # columns of the table
+    "How small a compressor makes the validation split."
+    return dict(bpb=compressed_bpb(load_splits()[1], e.contestant))
 
 def run_drift(
     e: Experiment, # with options "rule" and "reset"
@@ -597,7 +612,7 @@ def run(
 ) -> dict: # the row
     "Run an experiment."
     e, began = experiment, time.perf_counter()
-    kind = {"entropy model": run_entropy_model, "drift": run_drift}.get(e.contestant, run_contestant)
+    kind = {"entropy model": run_entropy_model, "drift": run_drift, **dict.fromkeys(COMPRESSORS, run_compressor)}.get(e.contestant, run_contestant)
     row = dict(name=e.name, contestant=e.contestant, budget=None if e.budget is None else scale().budgets[e.budget], size=e.size, lr=e.lr, seed=e.seed,
                options=json.dumps(dict(e.options)) if e.options else None, preset=preset_name())
     row |= kind(e)
