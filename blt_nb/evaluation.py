@@ -211,7 +211,7 @@ SCALES = {
                             L=dict(width=128, heads=2, latent_width=256, latent_heads=4, latent_layers=3))),
         vocabularies={"1k": 1024, "4k": 4096}, code_bytes=200_000, noise_bytes=60_000, texts_from=2, mean_patches=(3, 4.5, 6, 8), ablate_at=1, compare_at=2,
         entropy=dict(base={}, small=dict(width=64, heads=1), large=dict(width=192, layers=2, heads=3), narrow=dict(attention=16), wide=dict(attention=512)),
-        entropy_steps=1000, entropy_batch=16),
+        entropy_steps=600, entropy_batch=16),
     "gpu": dict(
         budgets=(3e14, 9e14, 2.7e15, 8.1e15), batches=(8, 16, 32, 32), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(5e-4, 1e-3, 2e-3),
         seeds={1: (0, 1, 2), 2: (0, 1, 2)}, train_every=1,
@@ -221,7 +221,7 @@ SCALES = {
                             L=dict(width=384, heads=6, latent_width=768, latent_heads=12, latent_layers=10))),
         vocabularies={"1k": 1024, "4k": 4096}, code_bytes=1_000_000, noise_bytes=200_000, texts_from=2, mean_patches=(3, 4.5, 6, 8), ablate_at=1, compare_at=2,
         entropy=dict(base={}, small=dict(width=256, heads=4), large=dict(width=768, heads=12), narrow=dict(attention=64), wide=dict(attention=2048)),
-        entropy_steps=1000, entropy_batch=16),
+        entropy_steps=600, entropy_batch=16),
 }
 
 def scale() -> SimpleNamespace:
@@ -348,7 +348,7 @@ def patcher_key(
     "A hash of the patchers' settings and weights."
     sha = hashlib.sha256(json.dumps([patcher.to_dict() for patcher in patchers], sort_keys=True).encode())
     for patcher in patchers:
-        for tensor in patcher.state_dict().values(): sha.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for tensor in patcher.state_dict().values(): sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 def remembered(
