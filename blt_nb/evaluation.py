@@ -196,7 +196,7 @@ JUDGES = {"byte": "byte-level", "bpe": "BPE 4k", "blt": "BLT entropy", "stacked"
 
 SCALES = {
     "ci": dict(
-        budgets=(1.5e9, 4.5e9), batches=(4, 4), candidates=(("S",), ("S", "M")), grid=(5e-3, 1e-2), seeds={1: (0,)}, train_every=25,
+        budgets=(1e9, 3e9), batches=(4, 4), candidates=(("S",), ("S", "M")), grid=(5e-3, 1e-2), seeds={1: (0,)}, train_every=25,
         sizes=dict(byte=dict(S=dict(width=32, layers=1, heads=2), M=dict(width=48, layers=1, heads=2)),
                    bpe=dict(S=dict(width=32, layers=1, heads=2), M=dict(width=48, layers=1, heads=2)),
                    blt=dict(S=dict(width=16, heads=2, latent_width=32, latent_heads=2, latent_layers=2), M=dict(width=32, heads=2, latent_width=64, latent_heads=2, latent_layers=2))),
