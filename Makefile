@@ -1,14 +1,16 @@
 # Every recipe runs from this folder by relative paths, so a checkout whose path has spaces works.
 PYTHON ?= python3
 PY := .venv/bin/python
+WORKERS ?= 1
 
-.PHONY: help setup series outputs html test bench lab readme docs
+.PHONY: help setup series outputs html test bench evidence lab readme docs
 
 help:
 	@echo "make series    train and show everything: runs the notebooks into _series/"
 	@echo "               (BLT_PRESET=ci in seconds a notebook, laptop by default, gpu for a large GPU)"
 	@echo "make test      every check, and every notebook at BLT_PRESET=ci"
 	@echo "make bench     speed and memory beside the implementation in transformers (a quiet machine, 15 minutes)"
+	@echo "make evidence  the experiments of notebook 11 that data/results/evidence.csv lacks (WORKERS=2 for two at once)"
 	@echo "make lab       JupyterLab on nbs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
 	@echo "make html      the notebooks as static pages into _site/, which need no network"
@@ -44,6 +46,9 @@ bench: setup
 	@$(PY) -m nbconvert --to notebook --execute --inplace --log-level WARN nbs/checks/bench.ipynb
 	@.venv/bin/nbdev_clean --fname nbs/checks/bench.ipynb
 	@echo "results: data/results/bench.csv   picture: data/results/bench.png   notebook: nbs/checks/bench.ipynb"
+
+evidence: setup
+	@$(PY) .ci/evidence.py --workers $(WORKERS)
 
 lab: setup
 	@$(PY) -m jupyterlab nbs $$([ "$$(id -u)" != 0 ] || echo --allow-root)

@@ -7,9 +7,9 @@ __all__ = ['BOE_ID', 'BOS_ID', 'EOS_ID', 'PAD_ID', 'OFFSET', 'VOCAB_SIZE', 'SPLI
            'CACHED_MARK', 'CORPUS_VERSION', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'HUB_ID', 'COMPRESSORS', 'to_bytes',
            'encode', 'check_ids', 'decode_bytes', 'decode', 'data_dir', 'name_hash', 'split_of', 'python_files',
            'stdlib_files', 'package_files', 'docstrings', 'read_topics', 'read_utf8', 'read_docs', 'read_code',
-           'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'load_embedded', 'find_files', 'split_names',
-           'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'load_corpus', 'documents', 'compressed_bpb',
-           'ByteStream', 'Loader', 'eval_spans', 'eval_windows', 'eval_batches', 'load_passages']
+           'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'corpus_files', 'load_embedded', 'find_files',
+           'split_names', 'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'load_corpus', 'documents',
+           'compressed_bpb', 'ByteStream', 'Loader', 'eval_spans', 'eval_windows', 'eval_batches', 'load_passages']
 
 # %% ../nbs/01_data.ipynb #c37dc77f
 import ast, configparser, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, os, re, sys, sysconfig, tempfile, warnings
@@ -263,13 +263,23 @@ def write_corpus(
             writer.close()
         for split, part in parts.items(): os.replace(part, paths[split])
 
+def corpus_files(
+    name: str, # "docs" or "code"
+) -> dict[str, Path]: # the Parquet file of each split; they need not exist yet
+    "Where an embedded corpus is cached: in `data_dir()`, or in the folder `$BLT_CORPORA`, made elsewhere. `ValueError` if that one doesn't hold it exactly once."
+    if not os.environ.get("BLT_CORPORA"): return {split: data_dir() / "cache" / "corpora" / f"{name}-{corpus_key(name)}-{split}.parquet" for split in SPLITS}
+    folder = Path(os.environ["BLT_CORPORA"]).expanduser()
+    paths = {split: sorted(folder.glob(f"{name}-*-{split}.parquet")) for split in SPLITS}
+    for split, found in paths.items():
+        if len(found) != 1: raise ValueError(f"BLT_CORPORA is {str(folder)!r}, and {len(found)} files there are called {name}-*-{split}.parquet; keep exactly one")
+    return {split: found for split, [found] in paths.items()}
+
 def load_embedded(
     name: str,  # "docs" or "code"
     split: str, # "train" or "valid"
 ) -> Dataset:
-    "An embedded corpus from its cache, which is made first if the cache of these package versions isn't there."
-    key = corpus_key(name)
-    paths = {s: data_dir() / "cache" / "corpora" / f"{name}-{key}-{s}.parquet" for s in SPLITS}
+    "An embedded corpus from its cache, which is made first if the cache of these package versions isn't there. Errors as in `corpus_files`."
+    paths = corpus_files(name)
     if not all(path.is_file() for path in paths.values()):
         missing = [package for package in DOCS_PACKAGES if not package_files(package)]
         if missing: warnings.warn(f"{name}: made without {', '.join(missing)} (not installed), so its fingerprint will differ")

@@ -39,6 +39,8 @@ class LevelConfig:
     skip: float = 1.0          # factor of the stream that cross-attention's result is added to; 2 in published models
     unpools: int | None = None # blocks of the decoder with cross-attention, from the first; None: all
     idle_pools: int = 0        # cross-attentions of the encoder that never count, carried so that such a model can go out as it came in
+    pool: str = "attention"    # how the encoder makes a group's vector: "attention", or without it by the "max" or "mean" of each number
+    unpool: str = "attention"  # how the decoder reads it: "attention", or "add" it through a matrix
 
     def __post_init__(self):
         if isinstance(self.encoder, dict): self.encoder = TransformerConfig(**self.encoder)
@@ -75,8 +77,8 @@ class Level(nn.Module):
         config, *rest = levels
         self.inner = Level(rest, latent) if rest else Transformer(latent)
         group_width = rest[0].encoder.width if rest else latent.width
-        self.encoder = LocalEncoder(config.encoder, group_width, config.k, config.skip, config.idle_pools)
-        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools) if config.decoder else None
+        self.encoder = LocalEncoder(config.encoder, group_width, config.k, config.skip, config.idle_pools, config.pool)
+        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools, config.unpool) if config.decoder else None
 
     def forward(self,
         x: Tensor,                  # (B, T, d) items
@@ -257,10 +259,12 @@ def flops_per_byte(
         def keys(network): return d * network.kv_heads // network.heads # width of the keys in cross-attention, and that of the values
         # a group: spread d → k·d, k queries and outputs, k·d → inner where these differ; an item: keys and values
         parts[f"{name} encoder"] = share * transformer_flops(level.encoder, length)
-        parts[f"{name} pooling"] = share * 4 * d * keys(level.encoder) + share / mean * (2 * d * k * d + k * 4 * d * d + (2 * k * d * inner if k * d != inner else 0))
+        parts[f"{name} pooling"] = share / mean * (2 * d * k * d + (2 * k * d * inner if k * d != inner else 0))
+        if level.pool == "attention": parts[f"{name} pooling"] += share * 4 * d * keys(level.encoder) + share / mean * k * 4 * d * d
         if level.decoder is not None:
             unpools = level.unpools or level.decoder.layers
-            parts[f"{name} unpooling"] = share / mean * 2 * inner * k * d + unpools * (share * 4 * d * d + share / mean * k * 4 * d * keys(level.decoder))
+            look = share * 4 * d * d + share / mean * k * 4 * d * keys(level.decoder) if level.unpool == "attention" else share / mean * 2 * k * d * d
+            parts[f"{name} unpooling"] = share / mean * 2 * inner * k * d + unpools * look
             parts[f"{name} decoder"] = share * transformer_flops(level.decoder, length)
         share, length = share / mean, length / mean
     parts["latent"] = share * transformer_flops(config.latent, length)
