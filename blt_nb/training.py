@@ -197,7 +197,7 @@ def check_tensors(
     more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
     if problems: raise ValueError(f"{source}: tensor {problems[0]}{more}; {remedy}")
 
-# %% ../nbs/03_training.ipynb #9d7dc569
+# %% ../nbs/03_training.ipynb #9416d1b7
 def random_states() -> dict: # JSON
     "The states of the generators of Python, NumPy and PyTorch."
     def as_hex(state: Tensor) -> str: return state.numpy().tobytes().hex()
@@ -217,7 +217,7 @@ def set_random_states(
     torch.set_rng_state(from_hex(states["torch"]))
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([from_hex(text) for text in states["cuda"]])
 
-# %% ../nbs/03_training.ipynb #931cdbdf
+# %% ../nbs/03_training.ipynb #13fb3090
 CHECKPOINT_FILES = ("model.safetensors", "optimiser.safetensors", "state.json")
 
 def sha256(
@@ -286,7 +286,7 @@ def load_checkpoint(
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 
-# %% ../nbs/03_training.ipynb #cd6dcedd
+# %% ../nbs/03_training.ipynb #178ec002
 def checkpoints(
     folder: Path, # of a run
 ) -> list[Path]: # complete ones, the oldest first
@@ -358,7 +358,7 @@ class Run:
             shutil.rmtree(old.rename(gone))
         return path
 
-# %% ../nbs/03_training.ipynb #b9800b1f
+# %% ../nbs/03_training.ipynb #6dc151b7
 class HeldSignals:
     "Holds Ctrl-C and SIGTERM back until `pass_on`; the second one gets through at once. Does nothing outside the main thread, which is the only one that gets signals."
     def __enter__(self):
@@ -525,7 +525,7 @@ def bits_per_byte(
     if not count: raise ValueError("there is no text to score: 0 bytes")
     return nats / count / math.log(2)
 
-# %% ../nbs/03_training.ipynb #ade60a95
+# %% ../nbs/03_training.ipynb #f9a1b6dc
 def check_fields(
     wanted,        # a type: a dataclass, int, float, bool, str, dict, a list, tuple or union of these; any other takes everything
     value,         # from JSON
@@ -562,7 +562,7 @@ def config_from_json(
     try: return kind(**values)
     except ValueError as error: raise ValueError(f"{where}: {error}") from error
 
-# %% ../nbs/03_training.ipynb #e11c62a7
+# %% ../nbs/03_training.ipynb #a5129fbd
 def read_json(
     file: Path,
     most: int = 2**26, # bytes
@@ -602,7 +602,8 @@ def no_larger_than(
     try:
         with torch.device("meta"): yield
     except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, RecursionError) as error: # what impossible sizes and settings lead to
-        raise ValueError(f"{source} describes a model that can't be built: {type(error).__name__}: {error}") from error
+        reason = str(error).partition("\n")[0] # PyTorch adds what its functions called
+        raise ValueError(f"{source} describes a model that can't be built: {type(error).__name__}: {reason}") from error
     finally: counting.remove()
 
 # %% ../nbs/03_training.ipynb #3582f8a6
