@@ -38,7 +38,7 @@ DEFAULTS = { # what a published configuration leaves out has these values
                                      hidden_size_global=2048),
 }
 
-OPTIONAL = {"intermediate_size", "max_patch_length", "num_key_value_heads", "patch_size", "patching_mode", "patching_threshold", "sliding_window"} # may be None
+OPTIONAL = {"intermediate_size", "local_attention_window_len", "max_patch_length", "num_key_value_heads", "patch_size", "patching_mode", "patching_threshold", "sliding_window"} # may be None
 
 def complete(
     part: str,       # of the configuration, "" for what is in none

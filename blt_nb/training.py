@@ -427,7 +427,7 @@ def fit(
     warmup: int = 50,           # steps of rising learning rate, at most a quarter of all
     weight_decay: float = 0.1,  # see `param_groups`
     clip: float = 1.0,          # largest norm of the gradient
-    precision: str | None = None, # "bf16" or "no"; None: `fast_precision()`
+    precision: str | None = None, # "bf16" or "no"; None: that of the run that is resumed, for a new one `fast_precision()`
     checkpoint: str | Path | None = None, # folder for checkpoints, to save to, and to resume from if there are any
     checkpoint_every: int = 200,          # steps
     keep: int = 3,              # checkpoints kept, the last ones
@@ -452,6 +452,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Run(None if checkpoint is None else Path(checkpoint), keep))
         state = run.resume(model, optimiser, fall_back)
+        if precision is None: precision = fast_precision() if state is None else state["plan"]["precision"]
+        plan["precision"] = precision
         if state is not None:
             step, rows, spent, seen, planned = (state[key] for key in ("step", "history", "seconds", "bytes", "plan"))
             differing = [f"{name} {planned.get(name)} instead of {plan.get(name)}" for name in {**planned, **plan} if planned.get(name) != plan.get(name)]
@@ -590,17 +592,18 @@ def no_larger_than(
     given: Mapping[str, Tensor], # what a file of weights holds
     source: str | Path,          # where the configuration comes from, for the message
 ) -> Iterator[None]:
-    "Models that are built inside have shapes and take no memory. `ValueError` at the first parameter for which `given` has no room, and for sizes that can't be built."
-    tensors, numbers = len(given), sum(tensor.numel() for tensor in given.values())
+    "A model that is built inside has shapes and takes no memory. `ValueError` if it has many more tensors than `given`, or more numbers, and for sizes that can't be built."
+    tensors, numbers, room = 0, 0, sum(tensor.numel() for tensor in given.values())
+    too_large = ValueError(f"{source} describes a model larger than its weights, which are {len(given):,} tensors with {room:,} numbers; both must come from the same model")
     def count(module, name, parameter):
         nonlocal tensors, numbers
         if parameter is None: return
-        tensors, numbers = tensors - 1, numbers - parameter.numel()
-        if tensors < 0 or numbers < 0:
-            raise ValueError(f"{source} describes a model larger than its weights, which are {len(given):,} tensors with {sum(t.numel() for t in given.values()):,} numbers; both must come from the same model")
+        tensors, numbers = tensors + 1, numbers + parameter.numel()
+        if tensors > 2 * len(given) + 100: raise too_large # only so that it ends: which tensor is one too many, the caller can tell better
     counting = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"): yield
+        if numbers > room: raise too_large
     except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, RecursionError) as error: # what impossible sizes and settings lead to
         reason = str(error).partition("\n")[0] # PyTorch adds what its functions called
         raise ValueError(f"{source} describes a model that can't be built: {type(error).__name__}: {reason}") from error
@@ -648,8 +651,8 @@ class Pretrained(ModelHubMixin):
         if not file.is_file():
             file = hf_hub_download(model_id, "model.safetensors", **{name: hub[name] for name in ("revision", "cache_dir", "force_download", "token", "local_files_only")})
         given = tensor_shapes([Path(file)])
-        with no_larger_than(given, f"config.json beside {file}"): blank = cls(config)
-        check_tensors(given, blank.state_dict(), file, f"weights and config.json must come from the same {cls.__name__}")
+        with no_larger_than(given, f"config.json beside {file}"):
+            check_tensors(given, cls(config).state_dict(), file, f"weights and config.json must come from the same {cls.__name__}")
         model = cls(config)
         model.load_state_dict(load_file(file))
         return model.eval()
