@@ -283,7 +283,7 @@ def load_published(
     **kwargs,         # passed on to `huggingface_hub.hf_hub_download`, for example revision="main"
 ) -> BLT | None: # in float32, for use (`eval`); None if there is no config.json with model_type "blt"
     """Published weights, in one file or in shards. `FileNotFoundError` names a file that isn't there, `ValueError` a setting or a tensor that doesn't fit,
-    or a shard outside of the folder. A configuration that is larger than the weights is refused before they are read."""
+    or a shard outside of the folder. All of that is found before the weights are read."""
     folder = Path(path)
     if not folder.is_dir() and (len(folder.parts) != 2 or str(path).startswith((".", "/", "~"))): return None
     def find(name: str) -> Path | None:
@@ -305,8 +305,9 @@ def load_published(
         files = [find(name) for name in names]
         if None in files: raise FileNotFoundError(f"{path} lacks {names[files.index(None)]}, which its model.safetensors.index.json lists; fetch all of its files")
     else: raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json; published weights come in one of these forms")
-    with no_larger_than(tensor_shapes(files), config):
+    shapes = tensor_shapes(files)
+    with no_larger_than(shapes, config): # a rehearsal with shapes only
         sizes = config_from_published(published)
-        BLT(sizes)
+        build(sizes, dict(shapes), path)
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return build(sizes, tensors, path, torch.float32)

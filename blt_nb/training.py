@@ -592,18 +592,15 @@ def no_larger_than(
     given: Mapping[str, Tensor], # what a file of weights holds
     source: str | Path,          # where the configuration comes from, for the message
 ) -> Iterator[None]:
-    "A model that is built inside has shapes and takes no memory. `ValueError` if it has many more tensors than `given`, or more numbers, and for sizes that can't be built."
-    tensors, numbers, room = 0, 0, sum(tensor.numel() for tensor in given.values())
-    too_large = ValueError(f"{source} describes a model larger than its weights, which are {len(given):,} tensors with {room:,} numbers; both must come from the same model")
+    "A model that is built inside has shapes, for `check_tensors`, and takes no memory. `ValueError` as soon as it has far more tensors than `given`, and for sizes that can't be built."
+    tensors, most = 0, 2 * len(given) + 100
     def count(module, name, parameter):
-        nonlocal tensors, numbers
-        if parameter is None: return
-        tensors, numbers = tensors + 1, numbers + parameter.numel()
-        if tensors > 2 * len(given) + 100: raise too_large # only so that it ends: which tensor is one too many, the caller can tell better
+        nonlocal tensors
+        tensors += 1
+        if tensors > most: raise ValueError(f"{source} describes a model larger than its weights, which are {len(given):,} tensors; both must come from the same model")
     counting = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"): yield
-        if numbers > room: raise too_large
     except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, RecursionError) as error: # what impossible sizes and settings lead to
         reason = str(error).partition("\n")[0] # PyTorch adds what its functions called
         raise ValueError(f"{source} describes a model that can't be built: {type(error).__name__}: {reason}") from error
