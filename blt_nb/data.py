@@ -7,13 +7,14 @@ __all__ = ['BOE_ID', 'BOS_ID', 'EOS_ID', 'PAD_ID', 'OFFSET', 'VOCAB_SIZE', 'SPLI
            'CACHED_MARK', 'CORPUS_VERSION', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'HUB_ID', 'COMPRESSORS', 'to_bytes',
            'encode', 'check_ids', 'decode_bytes', 'decode', 'data_dir', 'name_hash', 'split_of', 'python_files',
            'stdlib_files', 'package_files', 'docstrings', 'read_topics', 'read_utf8', 'read_docs', 'read_code',
-           'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'corpus_files', 'load_embedded', 'find_files',
-           'split_names', 'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'load_corpus', 'documents',
+           'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'load_embedded', 'find_files', 'split_names',
+           'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'load_corpus', 'named_documents', 'documents',
            'compressed_bpb', 'ByteStream', 'Loader', 'eval_spans', 'eval_windows', 'eval_batches', 'load_passages']
 
 # %% ../nbs/01_data.ipynb #c37dc77f
 import ast, configparser, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, os, re, sys, sysconfig, tempfile, warnings
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -263,23 +264,13 @@ def write_corpus(
             writer.close()
         for split, part in parts.items(): os.replace(part, paths[split])
 
-def corpus_files(
-    name: str, # "docs" or "code"
-) -> dict[str, Path]: # the Parquet file of each split; they need not exist yet
-    "Where an embedded corpus is cached: in `data_dir()`, or in the folder `$BLT_CORPORA`, made elsewhere. `ValueError` if that one doesn't hold it exactly once."
-    if not os.environ.get("BLT_CORPORA"): return {split: data_dir() / "cache" / "corpora" / f"{name}-{corpus_key(name)}-{split}.parquet" for split in SPLITS}
-    folder = Path(os.environ["BLT_CORPORA"]).expanduser()
-    paths = {split: sorted(folder.glob(f"{name}-*-{split}.parquet")) for split in SPLITS}
-    for split, found in paths.items():
-        if len(found) != 1: raise ValueError(f"BLT_CORPORA is {str(folder)!r}, and {len(found)} files there are called {name}-*-{split}.parquet; keep exactly one")
-    return {split: found for split, [found] in paths.items()}
-
 def load_embedded(
     name: str,  # "docs" or "code"
     split: str, # "train" or "valid"
 ) -> Dataset:
-    "An embedded corpus from its cache, which is made first if the cache of these package versions isn't there. Errors as in `corpus_files`."
-    paths = corpus_files(name)
+    "An embedded corpus from its cache, which is made first if the cache of these package versions isn't there."
+    key = corpus_key(name)
+    paths = {s: data_dir() / "cache" / "corpora" / f"{name}-{key}-{s}.parquet" for s in SPLITS}
     if not all(path.is_file() for path in paths.values()):
         missing = [package for package in DOCS_PACKAGES if not package_files(package)]
         if missing: warnings.warn(f"{name}: made without {', '.join(missing)} (not installed), so its fingerprint will differ")
@@ -422,14 +413,26 @@ def load_corpus(
                      "'rows.jsonl' or 'rows.parquet'. A Hub dataset id looks like 'user/name' or 'user/name:configuration'")
 
 # %% ../nbs/01_data.ipynb #59318f61
+def named_documents(
+    data: Dataset | IterableDataset | Iterable[str | bytes] | str | bytes, # a corpus, texts, or one text
+) -> Iterator[tuple[str, bytes]]: # name and bytes of one document after the other; without a name, "document" and its number from 0
+    "Whatever holds text, as names and bytes. Errors as in `to_bytes`."
+    if isinstance(data, (str, bytes)): data = [data]
+    if not isinstance(data, (Dataset, IterableDataset)):
+        for i, text in enumerate(data): yield f"document {i}", to_bytes(text)
+        return
+    count = 0
+    for batch in data.iter(batch_size=256):
+        numbered = [f"document {count + i}" for i in range(len(batch["text"]))]
+        yield from zip(batch.get("name", numbered), map(to_bytes, batch["text"]))
+        count += len(numbered)
+
 def documents(
     data: Dataset | IterableDataset | Iterable[str | bytes] | str | bytes, # a corpus, texts, or one text
 ) -> Iterator[bytes]: # the bytes of one document after the other
     "Whatever holds text, as bytes. Errors as in `to_bytes`."
-    if isinstance(data, (str, bytes)): yield to_bytes(data)
-    elif isinstance(data, (Dataset, IterableDataset)):
-        for batch in data.iter(batch_size=256): yield from map(to_bytes, batch["text"])
-    else: yield from map(to_bytes, data)
+    for _, document in named_documents(data): yield document
+
 
 # %% ../nbs/01_data.ipynb #2e2f5f91
 COMPRESSORS = {"xz": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), "gzip": lambda data: gzip.compress(data, 9)}
@@ -450,12 +453,20 @@ class ByteStream:
     def __init__(self,
         data: Dataset | IterableDataset | Iterable[str | bytes] | str | bytes, # see `documents`
     ):
-        parts = [np.frombuffer(document, np.uint8) for document in documents(data)]
+        self.names, parts = [], []
+        for name, document in named_documents(data):
+            self.names.append(name)
+            parts.append(np.frombuffer(document, np.uint8))
         self.ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64) # (D,) position after each document's EOS
         self.ids = np.full(self.ends[-1] if parts else 0, EOS_ID, dtype=np.uint16) # (N,)
         for part, end in zip(parts, self.ends): self.ids[end - 1 - len(part):end - 1] = part + np.uint16(OFFSET)
 
     def __len__(self): return len(self.ids)
+
+    @cached_property
+    def digest(self) -> str: # 12 hex digits
+        "Of all ids: two streams with the same digest give the same windows."
+        return hashlib.sha256(self.ids).hexdigest()[:12]
 
     def windows(self,
         window: int, # ids a window, BOS included
@@ -487,6 +498,11 @@ class Loader:
         self.epoch, self.starts = None, None # the epoch that `starts` belongs to
 
     @property
+    def identity(self) -> dict: # JSON
+        "All that the batches depend on. A checkpoint keeps it, so that no run goes on with other data."
+        return dict(seed=self.seed, window=self.window, batch_size=self.batch_size, text=self.stream.digest)
+
+    @property
     def steps_per_epoch(self) -> int: # whole and begun batches
         "Batches until every window of an epoch has been seen."
         return -(-self.windows_per_epoch // self.batch_size)
@@ -501,17 +517,28 @@ class Loader:
             self.epoch, self.starts = epoch, (first + rng.permutation(self.windows_per_epoch) * (self.window - 1)) % len(self.stream)
         return self.starts
 
-    def batch(self,
+    def places(self,
         step: int, # from 0, also beyond the first epoch
-    ) -> Tensor: # (B, T) int64 ids, column 0 is BOS
-        "The batch of a step, whatever was asked for before."
+    ) -> np.ndarray: # (B, T - 1) where in the stream the ids of a batch are
+        "The windows of a step, whatever was asked for before."
         if step < 0: raise ValueError(f"step is {step}; steps count from 0")
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         starts = np.array([self.epoch_starts(n // self.windows_per_epoch)[n % self.windows_per_epoch] for n in numbers])
-        where = (starts[:, None] + np.arange(self.window - 1)) % len(self.stream)
+        return (starts[:, None] + np.arange(self.window - 1)) % len(self.stream)
+
+    def batch(self,
+        step: int, # from 0, also beyond the first epoch
+    ) -> Tensor: # (B, T) int64 ids, column 0 is BOS
+        "The batch of a step, a function of seed and step alone."
         ids = np.full((self.batch_size, self.window), BOS_ID, dtype=np.int64)
-        ids[:, 1:] = self.stream.ids[where]
+        ids[:, 1:] = self.stream.ids[self.places(step)]
         return torch.from_numpy(ids)
+
+    def sources(self,
+        step: int, # from 0, also beyond the first epoch
+    ) -> list[list[str]]: # for each window of the batch the names of its documents
+        "Where the text of a batch comes from, to find the document that a run stumbled over."
+        return [[self.stream.names[i] for i in np.unique(np.searchsorted(self.stream.ends, row, side="right"))] for row in self.places(step)]
 
     def iter(self,
         start_step: int = 0, # where to begin, or to go on

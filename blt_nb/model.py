@@ -211,7 +211,8 @@ class PatchedLoader:
         segment,        # ids (B, T) -> list[Patches], for example `blt.segment`
         pool: int = 32, # batches cut and sorted together
     ):
-        self.loader, self.segment, self.pool, self.number, self.batches = loader, segment, pool, None, []
+        self.loader, self.segment, self.pool, self.number, self.batches, self.order = loader, segment, pool, None, [], None
+        self.identity = loader.identity | dict(pool=pool)
 
     def batch(self,
         step: int, # from 0
@@ -224,8 +225,17 @@ class PatchedLoader:
                 patches = [p.to(ids.device) for p in self.segment(ids)] # a model may be elsewhere than the text
             order = patches[-1].counts * (ids.shape[1] + 1) + patches[0].counts
             order = order.argsort(stable=True).view(self.pool, -1)[torch.from_numpy(np.random.default_rng([self.loader.seed, number]).permutation(self.pool))]
-            self.number, self.batches = number, [(ids[rows], select(patches, rows)) for rows in order]
+            self.number, self.batches, self.order = number, [(ids[rows], select(patches, rows)) for rows in order], order
         return self.batches[i]
+
+    def sources(self,
+        step: int, # from 0
+    ) -> list[list[str]]: # for each window of the batch the names of its documents
+        "As `Loader.sources`, after the sorting."
+        self.batch(step)
+        number, i = divmod(step, self.pool)
+        names = [row for j in range(self.pool) for row in self.loader.sources(number * self.pool + j)]
+        return [names[row] for row in self.order[i].tolist()]
 
 # %% ../nbs/08_blt.ipynb #56cc86bb
 def transformer_flops(

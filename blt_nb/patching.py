@@ -12,6 +12,7 @@ import json, math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import get_type_hints
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .data import OFFSET, VOCAB_SIZE, check_ids, documents
 from .entropy import EntropyConfig, EntropyModel
+from .training import check_fields, config_from_json
 
 # %% ../nbs/05_patching.ipynb #3818c4ba
 @dataclass(eq=False, repr=False)
@@ -225,12 +227,16 @@ class Patcher(nn.Module):
 def patcher_from_dict(
     settings: dict, # from `Patcher.to_dict`
 ) -> Patcher: # with random weights, if it has any: load its `state_dict` into it
-    "The patcher that wrote `settings`. `ValueError` for a kind that no class has."
+    "The patcher that wrote `settings`. `ValueError` for a kind that no class has, and for settings that it hasn't or of another type."
     settings = dict(settings)
     kind = settings.pop("kind", None)
     if kind not in Patcher.kinds:
         raise ValueError(f"patcher kind {kind!r} is unknown; known are {', '.join(sorted(Patcher.kinds))}. Import the module that defines it first")
-    return Patcher.kinds[kind].from_dict(settings)
+    cls = Patcher.kinds[kind]
+    for name, wanted in get_type_hints(cls.__init__).items():
+        if name in settings: check_fields(wanted, settings[name], f"{kind} patcher: {name}")
+    try: return cls.from_dict(settings)
+    except (TypeError, KeyError) as error: raise ValueError(f"the settings of a patcher of kind {kind!r} don't fit: {error}") from error
 
 # %% ../nbs/05_patching.ipynb #fe122cf8
 class StaticPatcher(Patcher):
@@ -377,7 +383,7 @@ class EntropyPatcher(ThresholdPatcher):
         return super().to_dict() | {"reset_at_newline": self.reset_at_newline, "open_end": self.open_end, "model": asdict(self.model.config)}
 
     @classmethod
-    def from_dict(cls, settings): return cls(**settings | {"model": EntropyModel(EntropyConfig(**settings["model"]))})
+    def from_dict(cls, settings): return cls(**settings | {"model": EntropyModel(config_from_json(EntropyConfig, settings["model"], "entropy patcher: model"))})
 
 # %% ../nbs/05_patching.ipynb #0b91e847
 def byte_alphabet() -> dict[str, int]: # character -> byte

@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import Loader
 from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, fit_blt, get_blt, save_blt, training_flops
 from .patching import Patches, ThresholdPatcher, calibrate
-from .training import fit, load_or_train, load_splits, preset
+from .training import config_from_json, fit, load_or_train, load_splits, preset
 from .transformer import RMSNorm, TransformerConfig, init_linear
 
 # %% ../nbs/10_stacked.ipynb #a8931309
@@ -128,7 +128,7 @@ class SurprisalPatcher(ThresholdPatcher):
 
     @classmethod
     def from_dict(cls, settings):
-        maker = BLT(BLTConfig(**settings.pop("maker")))
+        maker = BLT(config_from_json(BLTConfig, settings.pop("maker"), "surprisal patcher: maker"))
         return cls(maker, SurprisalHead(maker.config.latent.width, settings.pop("hidden")), **settings)
 
 # %% ../nbs/10_stacked.ipynb #739126e0
