@@ -82,8 +82,9 @@ def training_memory(
 
     A GPU with fused attention keeps less, because a CPU stores the scores inside a window. `ValueError` unless there is a mean length a level."""
     if len(mean_lengths) != len(config.levels): raise ValueError(f"mean_lengths has {len(mean_lengths)} entries; the model has {len(config.levels)} levels")
-    with FakeTensorMode():
-        model = BLT(copy.deepcopy(config), patchers=[])
+    with torch.device("meta"): model = BLT(copy.deepcopy(config), patchers=[])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         trained = [p for p in model.parameters() if p.requires_grad]
         weights, gradients = (sum(p.numel() * p.element_size() for p in some) for some in (model.parameters(), trained))
         ids, patches, items = torch.zeros(batch_size, window, dtype=torch.long), [], window
