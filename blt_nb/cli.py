@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'LiveBytes', 'even_patches', 'training_memory', 'run_comman
            'blt_generate', 'score_documents', 'blt_eval']
 
 # %% ../nbs/13_scaling.ipynb #7557ad20
-import argparse, contextlib, copy, io, json, math, sys, warnings, weakref
+import argparse, contextlib, copy, io, json, math, shutil, sys, tempfile, warnings, weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,8 +37,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor): self.add(tensor.untyped_storage())
+        given, made = ([leaf.untyped_storage() for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)] for leaves in ((args, kwargs), out))
+        old = {storage._cdata for storage in given} # a result may be a view of what was there before
+        for storage in made:
+            if storage._cdata not in old: self.add(storage)
         return out
 
     def add(self,
@@ -185,16 +187,18 @@ def train_series(
 ) -> None:
     "Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes."
     folder, corpus = Path(args.out), args.corpus
-    if corpus == "-":
-        corpus = folder / "corpus.txt"
-        text = sys.stdin.buffer.read()
-        if not text: raise ValueError("there is no text in standard input: 0 bytes")
-        folder.mkdir(parents=True, exist_ok=True)
-        corpus.write_bytes(text)
+    with tempfile.TemporaryDirectory() as aside: # nothing in the folder changes before we know that it fits
+        if args.corpus == "-":
+            corpus = Path(aside) / "corpus.txt"
+            if not corpus.write_bytes(sys.stdin.buffer.read()): raise ValueError("there is no text in standard input: 0 bytes")
+        with series(Series(args.preset, corpus, args.column, folder)):
+            for stage in STAGES:
+                if (folder / stage / "training.json").is_file() and (reason := why_train(stage)):
+                    raise ValueError(f"{folder / stage} is in the way: {reason} than asked for; take another --out, or remove it")
+        if args.corpus == "-":
+            folder.mkdir(parents=True, exist_ok=True)
+            corpus = Path(shutil.move(corpus, folder / "corpus.txt"))
     with series(Series(args.preset, corpus, args.column, folder)):
-        for stage in STAGES:
-            if (folder / stage / "training.json").is_file() and (reason := why_train(stage)):
-                raise ValueError(f"{folder / stage} is in the way: {reason} than asked for; take another --out, or remove it")
         for stage, get in STAGES.items():
             with contextlib.redirect_stdout(sys.stderr): get()
             emit(**json.loads((folder / stage / "training.json").read_text())["result"])
