@@ -109,7 +109,7 @@ def run_command(
     arguments: Sequence[str] | None, # None: those of the process
 ) -> int: # exit status
     "Parse, run, and turn failures into one line on standard error. `SystemExit` after --help (0) and for wrong usage (2); programming errors keep their traceback."
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments) # options may stand between a model and its files
     def say(what: str) -> None: print(f"{parser.prog}: {' '.join(what.split())}", file=sys.stderr, flush=True)
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     datasets.disable_progress_bars()
