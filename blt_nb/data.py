@@ -7,9 +7,10 @@ __all__ = ['BOE_ID', 'BOS_ID', 'EOS_ID', 'PAD_ID', 'OFFSET', 'VOCAB_SIZE', 'SPLI
            'CACHED_MARK', 'CORPUS_VERSION', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'HUB_ID', 'COMPRESSORS', 'to_bytes',
            'encode', 'check_ids', 'decode_bytes', 'decode', 'data_dir', 'name_hash', 'split_of', 'python_files',
            'stdlib_files', 'package_files', 'docstrings', 'read_topics', 'read_utf8', 'read_docs', 'read_code',
-           'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'load_embedded', 'find_files', 'split_names',
-           'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'load_corpus', 'named_documents', 'documents',
-           'compressed_bpb', 'ByteStream', 'Loader', 'eval_spans', 'eval_windows', 'eval_batches', 'load_passages']
+           'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'corpus_files', 'load_embedded', 'find_files',
+           'split_names', 'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'read_rows', 'load_corpus',
+           'named_documents', 'documents', 'compressed_bpb', 'ByteStream', 'Loader', 'eval_spans', 'eval_windows',
+           'eval_batches', 'load_passages']
 
 # %% ../nbs/01_data.ipynb #c37dc77f
 import ast, configparser, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, os, re, sys, sysconfig, tempfile, warnings
@@ -264,13 +265,23 @@ def write_corpus(
             writer.close()
         for split, part in parts.items(): os.replace(part, paths[split])
 
+def corpus_files(
+    name: str, # "docs" or "code"
+) -> dict[str, Path]: # the Parquet file of each split; they need not exist yet
+    "Where an embedded corpus is cached: in `data_dir()`, or in the folder `$BLT_CORPORA`, made elsewhere. `ValueError` if that one doesn't hold it exactly once."
+    if not os.environ.get("BLT_CORPORA"): return {split: data_dir() / "cache" / "corpora" / f"{name}-{corpus_key(name)}-{split}.parquet" for split in SPLITS}
+    folder = Path(os.environ["BLT_CORPORA"]).expanduser()
+    paths = {split: sorted(folder.glob(f"{name}-*-{split}.parquet")) for split in SPLITS}
+    for split, found in paths.items():
+        if len(found) != 1: raise ValueError(f"BLT_CORPORA is {str(folder)!r}, and {len(found)} files there are called {name}-*-{split}.parquet; keep exactly one")
+    return {split: found for split, [found] in paths.items()}
+
 def load_embedded(
     name: str,  # "docs" or "code"
     split: str, # "train" or "valid"
 ) -> Dataset:
-    "An embedded corpus from its cache, which is made first if the cache of these package versions isn't there."
-    key = corpus_key(name)
-    paths = {s: data_dir() / "cache" / "corpora" / f"{name}-{key}-{s}.parquet" for s in SPLITS}
+    "An embedded corpus from its cache, which is made first if the cache of these package versions isn't there. Errors as in `corpus_files`."
+    paths = corpus_files(name)
     if not all(path.is_file() for path in paths.values()):
         missing = [package for package in DOCS_PACKAGES if not package_files(package)]
         if missing: warnings.warn(f"{name}: made without {', '.join(missing)} (not installed), so its fingerprint will differ")
@@ -387,6 +398,19 @@ def load_hub(
     return load_rows(rows, name, column, None if own else split)
 
 # %% ../nbs/01_data.ipynb #876b02bf
+def read_rows(
+    name: str | Path,        # what was asked for, for the message
+    kind: str,               # "parquet" or "json"
+    files: list[Path],       # of that kind
+    streaming: bool = False, # an `IterableDataset`, read as it is needed
+) -> Dataset | IterableDataset: # the rows as they are
+    "Open files that hold rows. `ValueError` for empty files and for what can't be read."
+    if not any(file.stat().st_size for file in files): raise ValueError(f"{str(name)!r} is empty: 0 bytes in {len(files)} files")
+    cache = str(data_dir() / "cache" / "datasets")
+    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache)
+    except Exception as error: # many kinds, the cause is what helps
+        raise ValueError(f"could not read {str(name)!r} as {kind}: {error.__cause__ or error}; is a file broken or of another kind?") from error
+
 def load_corpus(
     name: str | Path,        # "docs", "code", a path to a file or folder, or a Hub dataset id
     split: str = "train",    # "train" or "valid"
@@ -402,12 +426,7 @@ def load_corpus(
     if path.exists():
         kind, files = find_files(path)
         if kind == "text": return load_text_files(files, path, split, streaming)
-        if not any(file.stat().st_size for file in files): raise ValueError(f"{str(name)!r} is empty: 0 bytes in {len(files)} files")
-        cache = str(data_dir() / "cache" / "datasets")
-        try: rows = load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache)
-        except Exception as error: # many kinds, the cause is what helps
-            raise ValueError(f"could not read {str(name)!r} as {kind}: {error.__cause__ or error}; is a file broken or of another kind?") from error
-        return load_rows(rows, path.name, column, split)
+        return load_rows(read_rows(name, kind, files, streaming), path.name, column, split)
     if path.suffix.lower() not in TEXT_SUFFIXES | set(ROW_SUFFIXES) and HUB_ID.fullmatch(str(name)): return load_hub(str(name), split, streaming, column)
     raise ValueError(f"unknown corpus {str(name)!r}. Known names: {', '.join(EMBEDDED)}. A path must exist: a folder or a file such as './notes.txt', "
                      "'rows.jsonl' or 'rows.parquet'. A Hub dataset id looks like 'user/name' or 'user/name:configuration'")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import OFFSET, VOCAB_SIZE, Loader, check_ids
-from .training import Pretrained, bits_per_byte, fit, load_or_train, load_splits, preset, round_bf16, save_stage
+from .training import Pretrained, bits_per_byte, fit, load_or_train, load_splits, preset, round_bf16, save_stage, unfinished
 from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, init_linear
 
 # %% ../nbs/04_entropy.ipynb #1f4e4a8e
@@ -156,14 +156,14 @@ def entropy_config() -> EntropyConfig:
 def train_entropy_model(
     seed: int = 0, # of weights and data order
 ) -> tuple[EntropyModel, pd.DataFrame]: # the model and its history, see `blt_nb.training.fit`
-    "Train the entropy model of the running preset on `docs`, score it on validation, and save it as the checkpoint `entropy`."
+    "Train the entropy model of the running preset on its corpus, score it on validation, and save it as the checkpoint `entropy`."
     train, valid = load_splits()
     data, p = preset("data"), preset("entropy")
     torch.manual_seed(seed)
     model = EntropyModel(entropy_config())
     watched = Loader(valid, data.window, data.batch_size)
     history = fit(model, Loader(train, data.window, data.batch_size, seed), p.steps, p.lr, title="entropy model",
-                  valid=[watched.batch(i) for i in range(min(8, watched.steps_per_epoch))])
+                  valid=[watched.batch(i) for i in range(min(8, watched.steps_per_epoch))], checkpoint=unfinished("entropy", seed))
     bpb = bits_per_byte(round_bf16(model), valid, data.window)
     save_stage("entropy", model, history, seed=seed, bpb=bpb)
     return model.eval(), history

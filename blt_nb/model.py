@@ -24,7 +24,7 @@ from .data import VOCAB_SIZE, Loader, check_ids, eval_batches
 from .entropy import EntropyConfig, EntropyModel, NgramConfig, NgramEmbedding, get_entropy_model
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
-from .training import Pretrained, bits_per_byte, fast_precision, fit, load_or_train, load_splits, preset, round_bf16, save_stage
+from .training import Pretrained, bits_per_byte, fast_precision, fit, load_or_train, load_splits, preset, round_bf16, save_stage, unfinished
 from .transformer import RMSNorm, Transformer, TransformerConfig, init_linear, query_block
 
 # %% ../nbs/08_blt.ipynb #a77ff38f
@@ -327,12 +327,13 @@ def fit_blt(
     lr: float,
     seed: int,      # of the data order
     title: str,     # beside the progress bar
+    checkpoint: Path | None = None, # see `blt_nb.training.fit`
 ) -> pd.DataFrame: # see `blt_nb.training.fit`
     "Train on patched batches, watching a few of validation."
     data = preset("data")
     watched = PatchedLoader(Loader(valid, data.window, data.batch_size), blt.segment, pool=1)
     return fit(blt, PatchedLoader(Loader(train, data.window, data.batch_size, seed), blt.segment), steps, lr, title=title,
-               valid=[watched.batch(i) for i in range(min(8, watched.loader.steps_per_epoch))])
+               valid=[watched.batch(i) for i in range(min(8, watched.loader.steps_per_epoch))], checkpoint=checkpoint)
 
 def save_blt(
     stage: str,            # name of the checkpoint
@@ -353,12 +354,12 @@ def save_blt(
 def train_blt(
     seed: int = 0, # of weights and data order
 ) -> tuple[BLT, pd.DataFrame]: # the model and its history, see `blt_nb.training.fit`
-    "Train the one-level BLT of the running preset on `docs`, score it on validation, and save it as the checkpoint `blt-1`."
+    "Train the one-level BLT of the running preset on its corpus, score it on validation, and save it as the checkpoint `blt-1`."
     train, valid = load_splits()
     data, p, patcher = preset("data"), preset("blt"), entropy_patcher()
     torch.manual_seed(seed)
     blt = BLT(blt_config(), [patcher])
-    history = fit_blt(blt, train, valid, p.steps, p.lr, seed, "one-level BLT")
+    history = fit_blt(blt, train, valid, p.steps, p.lr, seed, "one-level BLT", unfinished("blt-1", seed))
     save_blt("blt-1", blt, history, valid, seed)
     return blt.eval(), history
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import Loader
 from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, fit_blt, get_blt, save_blt, training_flops
 from .patching import Patches, ThresholdPatcher, calibrate
-from .training import config_from_json, fit, load_or_train, load_splits, preset
+from .training import config_from_json, fit, load_or_train, load_splits, preset, unfinished
 from .transformer import RMSNorm, TransformerConfig, init_linear
 
 # %% ../nbs/10_stacked.ipynb #a8931309
@@ -199,7 +199,7 @@ def train_stacked(
     model = BLT(stacked_config(), [*copy.deepcopy(blt.patchers), patcher])
     each = training_flops(model, [preset("blt").mean_patch, p.mean_group], data.window)
     budget = training_flops(blt, [preset("blt").mean_patch], data.window) * preset("blt").steps
-    history = fit_blt(model, train, valid, max(1, round(budget / each)), p.lr, seed, "two-level BLT")
+    history = fit_blt(model, train, valid, max(1, round(budget / each)), p.lr, seed, "two-level BLT", unfinished("blt-2", seed))
     save_blt("blt-2", model, history, valid, seed)
     return model.eval(), history
 
