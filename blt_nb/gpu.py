@@ -356,7 +356,7 @@ def slots_for(
     counts: Sequence[int], # groups of each batch
 ) -> int: # a multiple of `BLOCK`
     "Slots that all these batches fit into, with one for the empty ones' group."
-    return -(-(max(counts) + 1) // BLOCK) * BLOCK
+    return -(-(int(max(counts)) + 1) // BLOCK) * BLOCK
 
 # %% ../nbs/14_gpu.ipynb #14a00031
 def useful_flops(
@@ -489,9 +489,11 @@ def training_speed(
     synchronise(device)
     compiling = time.perf_counter() - start
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+    def graphs(): return torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
+    known = graphs()
     seconds = median_seconds(step, rounds, device)
     flops = work_per_byte(model, came, shape[1]) * ids.numel()
-    row = dict(model=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad), batch=ids.numel(), first_step=round(compiling, 1), ms=1e3 * seconds,
+    row = dict(model=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad), batch=ids.numel(), first_step=round(compiling, 1), graphs=known, compiled_again=graphs() - known, ms=1e3 * seconds,
                ids_per_second=ids.numel() / seconds, tflops=flops / seconds / 1e12, share=flops / seconds / matmul,
                gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan)
     return row, step
@@ -701,7 +703,7 @@ def check(
             fine = False
             rows = []
             print("FAILED", traceback.format_exc()[-1500:])
-            (out / f"failed-{int(time.perf_counter() - start)}.txt").write_text(traceback.format_exc())
+            with open(out / "failed.txt", "a") as file: file.write(traceback.format_exc() + "\n")
         with open(out / "check.jsonl", "a") as file: file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             fine = fine and row.get("agrees", True)
