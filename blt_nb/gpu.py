@@ -484,16 +484,17 @@ def training_speed(
     device = next(model.parameters()).device
     ids, marks, slots, came = random_batch(shape, means, device)
     packed = PackedBLT(model.train(), shape, slots, compiled) if means else PackedLM(model.train(), shape, compiled)
+    def graphs(): return torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
+    before = graphs()
     step, start = step_function(model, packed.loss, [ids, *marks]), time.perf_counter()
     step()
     synchronise(device)
     compiling = time.perf_counter() - start
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
-    def graphs(): return torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
     known = graphs()
     seconds = median_seconds(step, rounds, device)
     flops = work_per_byte(model, came, shape[1]) * ids.numel()
-    row = dict(model=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad), batch=ids.numel(), first_step=round(compiling, 1), graphs=known, compiled_again=graphs() - known, ms=1e3 * seconds,
+    row = dict(model=name, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad), batch=ids.numel(), first_step=round(compiling, 1), graphs=known - before, compiled_again=graphs() - known, ms=1e3 * seconds,
                ids_per_second=ids.numel() / seconds, tflops=flops / seconds / 1e12, share=flops / seconds / matmul,
                gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan)
     return row, step
