@@ -1093,8 +1093,9 @@ def main(
     run, code = Run(given.folder, given.limit), 0
     try: train_all(run)
     except TimeoutError as error: print(error); code = 1
-    given.table.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(run.rows).assign(preset=preset_name(), hardware=hardware(), torch=torch.__version__).to_csv(given.table, index=False)
+    finally: # after an error too: what was measured before it holds
+        given.table.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(run.rows).assign(preset=preset_name(), hardware=hardware(), torch=torch.__version__).to_csv(given.table, index=False)
     return code
 
 if __name__ == "__main__" and Path(sys.argv[0]).name == "gpu.py":

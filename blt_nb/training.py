@@ -384,7 +384,7 @@ PRESETS = {
         "byte": dict(width=64, layers=1, heads=2, lr=8e-3),
         "head": dict(hidden=32, steps=40, lr=3e-3),
         "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=64, latent_layers=1, latent_heads=2, mean_group=4.5, max_group=16, lr=8e-3),
-        "run": dict(flops=3e10, vocab=512, token_bytes=4, valid_bytes=2000, valid_batch=4), # see notebook 14
+        "run": dict(flops=1e10, vocab=512, token_bytes=4, valid_bytes=2000, valid_batch=4), # see notebook 14
     },
     "laptop": {
         "data": dict(window=512, batch_size=8, valid_documents=None),
