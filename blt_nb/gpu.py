@@ -8,10 +8,11 @@ __all__ = ['BLOCK', 'PARTS', 'TOLERANCE', 'range_mask', 'Items', 'byte_items', '
            'predict_entropy', 'predict_loss', 'parts', 'run_transformer', 'run_states', 'run_level', 'PackedBLT',
            'PackedLM', 'marks_of', 'slots_for', 'useful_flops', 'work_per_byte', 'synchronise', 'median_seconds',
            'matmul_rate', 'TokenModel', 'random_batch', 'step_function', 'training_speed', 'sized_config',
-           'byte_config', 'relative_error', 'gradients', 'agreement', 'make_theirs', 'race', 'beside_transformers',
-           'top_kernels', 'candidates', 'check', 'deal', 'upload', 'PackedLoader', 'cut_bytes', 'patch_targets',
-           'fit_head', 'cut_patches', 'TokenStream', 'token_bits_per_byte', 'Run', 'valid_texts', 'training_texts',
-           'train', 'learn_tokens', 'write_speed', 'train_all', 'main']
+           'byte_config', 'relative_error', 'gradients', 'small_config', 'agreement', 'make_theirs', 'race',
+           'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal', 'upload',
+           'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'cut_patches', 'TokenStream',
+           'token_bits_per_byte', 'Run', 'valid_texts', 'first_texts', 'training_texts', 'train', 'learn_tokens',
+           'write_speed', 'train_all', 'main']
 
 # %% ../nbs/14_gpu.ipynb #14a00003
 import argparse, json, math, os, subprocess, sys, time, traceback
@@ -527,9 +528,16 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     "Of all trained parameters, on the CPU."
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 TOLERANCE = {"no": (1e-3, 2e-3), "bf16": (4e-2, 1.5e-1)} # relative errors of logits and of gradients, by precision
+
+def small_config() -> BLTConfig:
+    "Two levels, small enough for a quick reference on the CPU."
+    def level(width, window):
+        network = TransformerConfig(width=width, heads=width // 64, layers=1, window=window)
+        return LevelConfig(network, network)
+    return BLTConfig([level(128, 256), level(256, None)], TransformerConfig(width=512, heads=8, layers=2), blt_config().ngrams)
 
 def agreement(
     device: torch.device,
@@ -538,7 +546,7 @@ def agreement(
 ) -> list[dict]: # a row for each form
     "Compare all forms with the reference. A form that fails gives a row that says how."
     torch.manual_seed(0)
-    blt = BLT(stacked_config(), [SpacePatcher(), StaticPatcher(4)])
+    blt = BLT(small_config(), [SpacePatcher(), StaticPatcher(4)])
     ids = torch.from_numpy(np.random.default_rng(0).integers(OFFSET, VOCAB_SIZE, shape))
     patches = blt.segment(ids)
     slots = [slots_for([int(p.counts.sum())]) for p in patches]
@@ -653,6 +661,12 @@ def top_kernels(
     return [(sum(e.self_device_time_total for e in kernels) / 1e3 / rounds, sum(e.count for e in kernels) // rounds, "all")] + [
         (e.self_device_time_total / 1e3 / rounds, e.count // rounds, e.key) for e in kernels[:count]]
 
+def read_corpora() -> list[subprocess.Popen]: # their output is a pipe
+    "Make the corpora that aren't there yet, each in a process of its own."
+    return [subprocess.Popen([sys.executable, "-c", f"import time; t = time.time(); from blt_nb.data import load_corpus, documents; c = load_corpus({name!r}); "
+                              f"print({name!r}, len(c), 'documents', sum(map(len, documents(c))), 'bytes of training text read in', round(time.time() - t), 's')"],
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in EMBEDDED]
+
 def candidates() -> list[tuple]: # name, maker, (B, T), items a group at each level; profiled?
     "What the check measures."
     data, e = preset("data"), preset("blt").mean_patch
@@ -676,9 +690,7 @@ def check(
     "Compare, measure, and say where the time goes."
     start, fine = time.perf_counter(), True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reading = [subprocess.Popen([sys.executable, "-c", f"import time; t = time.time(); from blt_nb.data import load_corpus, documents; c = load_corpus({name!r}); "
-                                 f"print({name!r}, len(c), 'documents', sum(map(len, documents(c))), 'bytes of training text read in', round(time.time() - t), 's')"],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in (("docs", "code") if device.type == "cuda" else ())]
+    reading = read_corpora() if device.type == "cuda" else []
     size = 8192 if device.type == "cuda" else 256
     rate = matmul_rate(device, size)
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {os.cpu_count()} cores; matrix products {rate / 1e12:.4g} TFLOP/s", flush=True)
@@ -913,10 +925,24 @@ def valid_texts(
         total += len(to_bytes(texts[-1]))
     return texts
 
-def training_texts() -> list[str]:
-    "Both corpora, in the order of a hash of the text. The module that holds the `docs` corpus' language reference is left out of `code`."
-    rows = [row for name in EMBEDDED for row in load_corpus(name) if row["name"] != "pydoc_data/topics.py"]
-    return sorted((row["text"] for row in rows), key=name_hash)
+def first_texts(
+    texts: Sequence[str],
+    limit: int, # characters, more or less
+) -> list[str]:
+    "The first ones, until there are enough characters."
+    total, taken = 0, []
+    for text in texts:
+        if total >= limit: break
+        taken.append(text)
+        total += len(text)
+    return taken
+
+def training_texts(
+    code: int, # characters of the `code` corpus
+) -> list[str]:
+    "All of `docs` and a part of `code`, in the order of a hash of the text. The module that holds the `docs` corpus' language reference is left out of `code`."
+    modules = sorted((row["text"] for row in load_corpus("code") if row["name"] != "pydoc_data/topics.py"), key=name_hash)
+    return sorted([*(row["text"] for row in load_corpus("docs")), *first_texts(modules, code)], key=name_hash)
 
 def train(
     run: Run,
@@ -932,7 +958,7 @@ def train(
 ) -> None:
     "Train, and note speed and memory."
     if run.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
-    history = fit(model, loader, steps, lr, loss=packed.loss, checkpoint=run.folder / f"checkpoint-{name}", checkpoint_every=max(1, steps // 2), title=name)
+    history = fit(model, loader, steps, lr, loss=packed.loss, checkpoint=run.folder / f"checkpoint-{name}", checkpoint_every=steps, title=name)
     history.to_csv(run.folder / f"history-{name}.csv", index=False)
     rates = (history.bytes.diff() / history.seconds.diff()).dropna()
     rate = float(rates.median()) if len(rates) else history.bytes.iloc[-1] / history.seconds.iloc[-1]
@@ -953,24 +979,16 @@ def learn_tokens(
     text_bytes: int, # encoded for training
 ) -> tuple[str, np.ndarray, np.ndarray, float]: # tokenizer as JSON, ids and ends of the stream, bytes a token
     "The vocabulary is learned on 10 MB at most."
-    def first(limit):
-        total, taken = 0, []
-        for text in texts:
-            if total >= limit: break
-            taken.append(text)
-            total += len(text)
-        return taken
-    tokenizer = train_bpe(first(min(10_000_000, text_bytes)), vocab)
-    part = first(text_bytes)
+    tokenizer, part = train_bpe(first_texts(texts, min(10_000_000, text_bytes)), vocab), first_texts(texts, text_bytes)
     stream = TokenStream(part, tokenizer)
     return tokenizer.to_str(), stream.ids, stream.ends, sum(len(text.encode()) for text in part) / (len(stream) - len(stream.ends))
 
 def write_speed(
     blt: BLT, # with its patchers, in bfloat16 or float32
     text: str,
-    count: int, # bytes
+    count: int, # of its last bytes
 ) -> float: # bytes/s
-    "Read half a window of text, then follow it byte by byte with caches."
+    "Read all but the last bytes of a text at once, then those one by one with caches."
     device, ids = blt.embed.weight.device, encode(text, bos=True)
     state, before = State(blt), len(ids) - count
     state.push(ids[:before].to(device))
@@ -984,14 +1002,16 @@ def train_all(
     "Every model at the same training FLOPs, scored on both corpora."
     data, p, blt_p, two_p, device = preset("data"), preset("run"), preset("blt"), preset("stacked"), run.device
     shape, on_gpu = (data.batch_size, data.window), device.type == "cuda"
+    reading = read_corpora() if on_gpu else []
     rate = run.stage("matmul", lambda: matmul_rate(device, 8192 if on_gpu else 256))
     run.note("machine", "matmul rate", rate / 1e12, "TFLOP/s")
+    for process in reading: print(process.communicate()[0].strip())
     valid = {name: valid_texts(name, p.valid_bytes) for name in EMBEDDED}
     means = [blt_p.mean_patch, two_p.mean_group]
     each = {"one level": sum(flops_per_byte(blt_config(), means[:1], data.window).values()), "two levels": sum(flops_per_byte(stacked_config(), means, data.window).values()),
             "byte-level": lm_flops_per_byte(byte_config(), data.window)}
     steps = {name: max(1, round(p.flops / (3 * flops * shape[0] * (shape[1] - 1)))) for name, flops in each.items()}
-    texts = training_texts()
+    texts = training_texts(p.code)
     latent, tokens = blt_config().latent, data.window // 4
     each["tokens"] = transformer_flops(latent, tokens) + 2.0 * latent.width * (p.vocab + OFFSET)
     steps["tokens"] = max(1, round(p.flops / (3 * each["tokens"] * shape[0] * (tokens - 1))))
@@ -1025,7 +1045,6 @@ def train_all(
         model = BLT(config, patchers).to(device)
         train(run, name, model, PackedBLT(model, shape, loader.slots, on_gpu), loader, steps[name], lr, data.window, rate)
         score(name, model)
-        if on_gpu: run.note(name, "writing with caches", write_speed(model.eval(), valid["docs"][0][:768], 256), "bytes/s")
         return model.cpu().state_dict()
     cutter = EntropyPatcher(entropy, threshold, max_length=blt_p.max_patch)
     one_state = run.stage("one", lambda: blt_stage("one level", blt_config(), [cutter], patched, blt_p.lr))
@@ -1041,13 +1060,13 @@ def train_all(
     twice = PackedLoader(windows, [starts, groups], shape[0], device)
     run.note("two levels", "mean group", twice.means[1], "patches")
 
-    def two_stage():
+    def cutters():
         one = BLT(blt_config(), [cutter])
         one.load_state_dict(one_state)
         head = SurprisalHead(latent.width, preset("head").hidden)
         head.load_state_dict(head_state)
-        return blt_stage("two levels", stacked_config(), [cutter, SurprisalPatcher(one.reader(), head, second_threshold, max_length=two_p.max_group)], twice, two_p.lr)
-    run.stage("two", two_stage)
+        return [cutter, SurprisalPatcher(one.reader(), head, second_threshold, max_length=two_p.max_group)]
+    two_state = run.stage("two", lambda: blt_stage("two levels", stacked_config(), cutters(), twice, two_p.lr))
 
     tokenizer_text, ids, ends, token_bytes = run.stage("tokens", lambda: learned.result())
     def token_stage():
@@ -1071,6 +1090,15 @@ def train_all(
         score("byte-level", model)
         return True
     run.stage("byte", byte_stage)
+
+    def writing():
+        before, count = data.window // 4, data.window // 8
+        for name, config, patchers, state in (("one level", blt_config(), [cutter], one_state), ("two levels", stacked_config(), cutters(), two_state)):
+            model = BLT(config, patchers)
+            model.load_state_dict(state)
+            run.note(name, "writing with caches", write_speed(model.to(device).eval(), valid["docs"][0][:before + count], count), "bytes/s")
+        return True
+    run.stage("writing", writing)
     sizes = {} if on_gpu else dict(width=32, latent=64, latent_layers=2, decoder=2, window=32, rows=128, patcher=16, heads=16)
     beside = run.stage("beside", lambda: beside_transformers(device, {512: 9, 2048: 7, 8192: 5} if on_gpu else {96: 1}, {64: 64, 512: 64} if on_gpu else {8: 4}, **sizes))
     for row in beside:
