@@ -1096,7 +1096,7 @@ def train_all(
         for name, config, patchers, state in (("one level", blt_config(), [cutter], one_state), ("two levels", stacked_config(), cutters(), two_state)):
             model = BLT(config, patchers)
             model.load_state_dict(state)
-            run.note(name, "writing with caches", write_speed(model.to(device).eval(), valid["docs"][0][:before + count], count), "bytes/s")
+            run.note(name, "writing with caches", write_speed(model.to(device).eval(), "\n".join(valid["docs"])[:before + count], count), "bytes/s")
         return True
     run.stage("writing", writing)
     sizes = {} if on_gpu else dict(width=32, latent=64, latent_layers=2, decoder=2, window=32, rows=128, patcher=16, heads=16)
