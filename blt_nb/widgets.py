@@ -1089,16 +1089,27 @@ class PatchExplorer:
                 value = getattr(patcher, name)
                 bounds = [0.0 if value is None or math.isinf(value) else value, *((seen.min().item(), seen.max().item()) if seen.numel() else ())]
                 low, high = math.floor(min(bounds) * 10) / 10, math.ceil(max(bounds) * 10) / 10
-                with slider.hold_trait_notifications(): slider.min, slider.max, slider.value = low, high, min(max(value or 0.0, low), high)
+                with slider.hold_trait_notifications():
+                    slider.min, slider.max = low, high
+                    self.place(slider, value or 0.0)
         self.threshold.layout.display = "none" if self.rule.value == "rise" else None
         self.rise.layout.display = "none" if self.rule.value == "threshold" else None
         self.show_mean()
         self.draw()
 
+    @staticmethod
+    def place(
+        slider, # a FloatSlider
+        value: float,
+    ) -> None:
+        "Move it to the step that is nearest. The page would send a value between two steps back rounded, as if a hand had moved it, and so without end."
+        steps = round((min(max(value, slider.min), slider.max) - slider.min) / slider.step)
+        slider.value = round(slider.min + steps * slider.step, 6)
+
     def show_mean(self) -> None:
         "Move the slider of the mean length to what was reached."
         mean = self.cutting.patches[self.level.value].mean_length
-        if math.isfinite(mean): self.mean.value = min(mean, self.mean.max)
+        if math.isfinite(mean): self.place(self.mean, mean)
 
     def take_rule(self) -> None:
         "Cut by another rule: where it was when it was last used, or else where it gives the mean length of now."
@@ -1156,7 +1167,7 @@ class PatchExplorer:
         "Find the threshold, or rise, that comes nearest to the mean length."
         slider = self.rise if self.main == "rise" else self.threshold
         value = self.find(self.main, self.mean.value, self.cut_by.rise if self.rule.value == "both" else None)
-        slider.value = min(max(value, slider.min), slider.max)
+        self.place(slider, value)
         self.recut(**{self.main: value})
 
     # --- the views
@@ -1170,7 +1181,8 @@ class PatchExplorer:
         if self.cutting is None or view == "generate": return
         begins = [begin for begin, _ in byte_spans(self.cutting.patches)[self.level.value]]
         number = bisect_right(begins, self.at) - 1
-        self.chosen.max, self.chosen.value, self.chosen.disabled = max(len(begins) - 1, 0), number, len(begins) < 2
+        with self.chosen.hold_sync(): # a new end without the new value would move the page's handle
+            self.chosen.max, self.chosen.value, self.chosen.disabled = max(len(begins) - 1, 0), number, len(begins) < 2
         page = "" # if there is an error
         try: page = self.page(number)
         finally: self.shown.value = page
