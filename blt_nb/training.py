@@ -666,6 +666,7 @@ PRESETS = {
         "byte": dict(width=64, layers=1, heads=2, lr=8e-3),
         "head": dict(hidden=32, steps=40, lr=3e-3),
         "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=64, latent_layers=1, latent_heads=2, mean_group=4.5, max_group=16, lr=8e-3),
+        "run": dict(flops=1e10, code=100_000, vocab=512, token_bytes=4, valid_bytes=2000, valid_batch=4), # see notebook 14
     },
     "laptop": {
         "data": dict(window=512, batch_size=8, valid_documents=None),
@@ -675,15 +676,17 @@ PRESETS = {
         "byte": dict(width=192, layers=4, heads=3, lr=2e-3),
         "head": dict(hidden=256, steps=300, lr=2e-3),
         "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=2, latent_heads=4, mean_group=4.5, max_group=16, lr=5e-3),
+        "run": dict(flops=7e13, code=8_000_000, vocab=4096, token_bytes=5, valid_bytes=100_000, valid_batch=16),
     },
     "gpu": {
         "data": dict(window=2048, batch_size=32, valid_documents=None),
-        "entropy": dict(width=512, layers=6, heads=8, attention=512, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=3000, lr=1.5e-3),
+        "entropy": dict(width=512, layers=6, heads=8, attention=512, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=700, lr=1.5e-3),
         "blt": dict(width=512, heads=8, attention=512, encoder_layers=1, decoder_layers=4, latent_width=1024, latent_layers=12, latent_heads=16,
-                    ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=65536, ngram_width=64, mean_patch=4.5, max_patch=64, steps=4000, lr=8e-4),
-        "byte": dict(width=768, layers=12, heads=12, lr=8e-4),
+                    ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=65536, ngram_width=64, mean_patch=4.5, max_patch=64, steps=4000, lr=1.2e-3),
+        "byte": dict(width=768, layers=12, heads=12, lr=1e-3),
         "head": dict(hidden=1024, steps=500, lr=1e-3),
-        "stacked": dict(encoder_layers=4, decoder_layers=4, latent_width=1024, latent_layers=8, latent_heads=16, mean_group=4.5, max_group=32, lr=8e-4),
+        "stacked": dict(encoder_layers=4, decoder_layers=4, latent_width=1024, latent_layers=8, latent_heads=16, mean_group=4.5, max_group=32, lr=1.2e-3),
+        "run": dict(flops=1.1e16, code=36_000_000, vocab=8192, token_bytes=5, valid_bytes=300_000, valid_batch=64),
     },
 }
 

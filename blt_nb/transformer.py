@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DENSE', 'BRANCHES', 'TransformerConfig', 'RMSNorm', 'rope_table', 'rotate', 'band_mask', 'band_bias', 'attend',
-           'query_block', 'windowed_attention', 'KVCache', 'Attention', 'SwiGLU', 'Block', 'init_linear', 'Transformer']
+           'query_block', 'windowed_attention', 'KVCache', 'masked_attention', 'window_mask', 'Attention', 'SwiGLU',
+           'Block', 'init_linear', 'Transformer']
 
 # %% ../nbs/02_transformer.ipynb #a98391e3
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # %% ../nbs/02_transformer.ipynb #07826014
 @dataclass
@@ -193,6 +195,28 @@ class KVCache:
         self.length += T
         return k, v
 
+# %% ../nbs/02_transformer.ipynb #5f1e0c22
+def masked_attention(
+    q: Tensor, # (B, h, Q, head_width)
+    k: Tensor, # (B, h_kv, K, head_width)
+    v: Tensor, # (B, h_kv, K, head_width)
+    mask: BlockMask, # who sees whom, the same for all rows and heads
+    scale: float | None = None, # factor of the scores; None: 1 / √head_width
+) -> Tensor: # (B, h, Q, head_width), 0 for a query that sees nothing
+    "Attention with a mask that is known by blocks. Compile what calls it on a GPU: uncompiled it holds all scores."
+    shared = k.shape[1] != q.shape[1]
+    if q.device.type == "cuda": return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=shared)
+    seen = mask.mask_mod(0, 0, torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=shared)
+
+def window_mask(
+    length: int, # T
+    window: int, # positions that each sees, its own included
+    device: torch.device | str,
+) -> BlockMask:
+    "`band_mask` by blocks."
+    return create_block_mask(lambda b, h, q, k: (k <= q) & (k > q - window), None, None, length, length, device)
+
 # %% ../nbs/02_transformer.ipynb #78ffb223
 class Attention(nn.Module):
     "Causal self-attention with rotary positions, a window, and shared heads of keys and values."
@@ -209,12 +233,14 @@ class Attention(nn.Module):
         x: Tensor,                    # (B, T, d)
         rope: tuple[Tensor, Tensor],  # angles of these T positions
         cache: KVCache | None = None, # keys and values of earlier positions; the new ones are added
+        mask: BlockMask | None = None, # who sees whom, without a cache, see `masked_attention`; None: what `window` says
     ) -> Tensor: # (B, T, d)
         B, T, _ = x.shape
         qk, v = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_width).split([self.heads + self.kv_heads, self.kv_heads], 2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is None or cache.length == 0:
+        if mask is not None: y = masked_attention(q, k, v, mask)
+        elif cache is None or cache.length == 0:
             if cache is not None: cache.extend(k, v)
             y = windowed_attention(q, k, v, self.window)
         else:
@@ -253,8 +279,9 @@ class Block(nn.Module):
         x: Tensor,                    # (B, T, d)
         rope: tuple[Tensor, Tensor],  # from `rope_table`
         cache: KVCache | None = None, # of this block's attention
+        mask: BlockMask | None = None, # see `Attention`
     ) -> Tensor: # (B, T, d)
-        x = x + self.attention(self.attention_norm(x), rope, cache)
+        x = x + self.attention(self.attention_norm(x), rope, cache, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 # %% ../nbs/02_transformer.ipynb #4e69d844
