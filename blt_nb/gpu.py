@@ -901,7 +901,10 @@ class Run:
         if not file.is_file():
             if time.perf_counter() - self.start > self.limit: raise TimeoutError(f"{self.limit:.0f} s are over before stage {name!r}; run the command again to go on")
             before, self.rows = self.rows, []
-            made = make()
+            try: made = make()
+            except BaseException:
+                self.rows = before + self.rows # what was measured before it holds
+                raise
             torch.save((made, self.rows), file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
             self.rows = before + self.rows
