@@ -137,7 +137,7 @@ def notebook_passes(path: Path):
         except subprocess.TimeoutExpired as expired:
             return f"still running after {LIMIT} s\n{tail((expired.stdout or b'').decode(errors='replace'))}"
     # nbdev_test also exits with 0 where it ran nothing: only its own word counts.
-    return None if done.returncode == 0 and done.stdout.rstrip().endswith("Success.") else tail(done.stdout, 60)
+    return None if done.returncode == 0 and "Success." in done.stdout.splitlines() else tail(done.stdout, 60)
 
 
 def written_files() -> dict[str, str]:
