@@ -267,7 +267,7 @@ class NetworkState:
 
 # %% ../nbs/09_generation.ipynb #a9cda978
 class SurprisalState(ThresholdState):
-    "Runs the network along that reads for a `SurprisalPatcher` (notebook 10), and scores each innermost patch when it is complete."
+    "Runs the model along that reads for a `SurprisalPatcher` (notebook 10), and scores each innermost patch when it is complete."
     kind = "surprisal"
     def __init__(self, patcher):
         super().__init__(patcher)
@@ -276,7 +276,10 @@ class SurprisalState(ThresholdState):
     def scores(self, ids, below):
         levels = len(self.patcher.maker.config.levels)
         if len(below) != levels: raise ValueError(f"this {type(self.patcher).__name__} reads {levels} levels of patches and was given {len(below)}; put it at level {levels + 1}")
-        return self.patcher.head(self.maker.push(ids, below))[0]
+        x, ends = self.maker.push(ids, below), below[0].nonzero()[:, 0]
+        for level in below[1:]: ends = ends[level]
+        x = x[:, ends]
+        return self.patcher.head(x, self.patcher.maker.logits(x))[0]
 
 # %% ../nbs/09_generation.ipynb #90ae6ef6
 class State:

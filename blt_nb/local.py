@@ -98,6 +98,7 @@ class Pool(nn.Module):
         group_width: int | None = None, # width of the group's vector, projected to if it isn't k · d; None: k · d
         skip: float = 1.0,         # factor of the seeds that the attention's result is added to
         kind: str = "attention",   # one of `POOLS`
+        norm: bool = False,        # normalise the group's vector?
     ):
         super().__init__()
         if kind not in POOLS: raise ValueError(f"pool is {kind!r}; take one of {', '.join(map(repr, POOLS))}")
@@ -106,6 +107,7 @@ class Pool(nn.Module):
         self.spread = nn.Linear(config.width, k * config.width, bias=False)
         self.cross = CrossAttention(config) if kind == "attention" else None
         self.project = nn.Linear(k * config.width, self.group_width, bias=False) if self.group_width != k * config.width else None
+        self.norm = RMSNorm(self.group_width, config.eps) if norm else nn.Identity()
         init_linear(self.spread)
         if self.project is not None: init_linear(self.project)
 
@@ -125,7 +127,7 @@ class Pool(nn.Module):
         "The same for items in one long row."
         pooled = self.spread(self.summary(x, segments, count))
         if self.cross is not None: pooled = self.attend(x, pooled.unflatten(-1, (self.k, -1)), segments)
-        return pooled if self.project is None else self.project(pooled)
+        return self.norm(pooled if self.project is None else self.project(pooled))
 
     def attend(self,
         x: Tensor,        # (R, d) items
@@ -223,10 +225,11 @@ class LocalEncoder(nn.Module):
         skip: float = 1.0,         # see `Pool`
         idle_pools: int = 0,       # cross-attentions that are carried along and not used, see `blt_nb.model.LevelConfig`
         pool: str = "attention",   # one of `POOLS`
+        norm: bool = False,        # see `Pool`
     ):
         "Errors as in `vectors_a_group` and `Pool`."
         super().__init__()
-        self.transformer, self.pool = Transformer(config), Pool(config, vectors_a_group(config, group_width, k), group_width, skip, pool)
+        self.transformer, self.pool = Transformer(config), Pool(config, vectors_a_group(config, group_width, k), group_width, skip, pool, norm)
         self.idle = nn.ModuleList(CrossAttention(config) for _ in range(idle_pools)).requires_grad_(False)
 
     def forward(self,
@@ -246,13 +249,14 @@ class LocalDecoder(nn.Module):
         skip: float = 1.0,         # factor of the items that the attention's result is added to
         unpools: int | None = None, # blocks that have an unpool before them, from the first; None: all
         unpool: str = "attention", # one of `UNPOOLS`
+        norm: bool = False,        # normalise the items that come from the encoder?
     ):
         "Errors as in `vectors_a_group`; `ValueError` for another kind of unpool."
         super().__init__()
         if unpool not in UNPOOLS: raise ValueError(f"unpool is {unpool!r}; take one of {', '.join(map(repr, UNPOOLS))}")
         self.k, self.skip = vectors_a_group(config, group_width, k), skip
         self.spread = nn.Linear(group_width, self.k * config.width, bias=False)
-        self.transformer = Transformer(config)
+        self.transformer, self.norm = Transformer(config), RMSNorm(config.width, config.eps) if norm else nn.Identity()
         self.unpools = nn.ModuleList(UNPOOLS[unpool](config, self.k) for _ in range(config.layers if unpools is None else unpools))
         init_linear(self.spread)
 
@@ -286,7 +290,7 @@ class LocalDecoder(nn.Module):
         caches: Sequence[KVCache] | None = None, # from `transformer.caches()`, if x goes on where they end
     ) -> Tensor: # (B, T, d)
         "The second half of `decode`."
-        rope = self.transformer.rope(x.shape[1], caches[0].length if caches else 0, x.device)
+        x, rope = self.norm(x), self.transformer.rope(x.shape[1], caches[0].length if caches else 0, x.device)
         for i, block in enumerate(self.transformer.blocks):
             if i < len(self.unpools): x = torch.add(self.unpools[i].look(x, known[i], sources), x, alpha=self.skip)
             x = block(x, rope, caches[i] if caches else None)

@@ -41,6 +41,7 @@ class LevelConfig:
     idle_pools: int = 0        # cross-attentions of the encoder that never count, carried so that such a model can go out as it came in
     pool: str = "attention"    # how the encoder makes a group's vector: "attention", or without it by the "max" or "mean" of each number
     unpool: str = "attention"  # how the decoder reads it: "attention", or "add" it through a matrix
+    norm: bool = False         # normalise what the encoder hands on: the groups' vectors, and the items to the decoder (notebook 10 says why)
 
     def __post_init__(self):
         if isinstance(self.encoder, dict): self.encoder = TransformerConfig(**self.encoder)
@@ -77,8 +78,8 @@ class Level(nn.Module):
         config, *rest = levels
         self.inner = Level(rest, latent) if rest else Transformer(latent)
         group_width = rest[0].encoder.width if rest else latent.width
-        self.encoder = LocalEncoder(config.encoder, group_width, config.k, config.skip, config.idle_pools, config.pool)
-        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools, config.unpool) if config.decoder else None
+        self.encoder = LocalEncoder(config.encoder, group_width, config.k, config.skip, config.idle_pools, config.pool, config.norm)
+        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools, config.unpool, config.norm) if config.decoder else None
 
     def forward(self,
         x: Tensor,                  # (B, T, d) items
@@ -161,10 +162,10 @@ class BLT(nn.Module, Pretrained):
         if patches is None: patches = self.segment(ids)
         return self.level.states(self.embeddings(ids), patches)
 
-    def reader(self) -> "BLT": # frozen; has `states` of given patches, no logits
-        "A copy of the part that reads, without decoders and patchers: enough to know how uncertain the latent transformer is."
+    def reader(self) -> "BLT": # frozen; for given patches
+        "A copy without patchers, which reads what is cut already: enough to know how uncertain the model is."
         config = copy.deepcopy(self.config)
-        config.patchers, config.levels = [], [dataclasses.replace(level, decoder=None, unpools=None, idle_pools=0) for level in config.levels]
+        config.patchers = []
         reader = BLT(config)
         mine = self.state_dict()
         reader.load_state_dict({name: mine[name] for name in reader.state_dict()})

@@ -674,7 +674,7 @@ PRESETS = {
         "blt": dict(width=128, heads=2, attention=256, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=3, latent_heads=4,
                     ngram_sizes=(2, 3, 4, 5, 6, 8), ngram_rows=4096, ngram_width=64, mean_patch=4.5, max_patch=24, steps=2300, lr=5e-3),
         "byte": dict(width=192, layers=4, heads=3, lr=2e-3),
-        "head": dict(hidden=256, steps=300, lr=2e-3),
+        "head": dict(hidden=128, steps=500, lr=2e-3),
         "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=2, latent_heads=4, mean_group=4.5, max_group=16, lr=5e-3),
         "run": dict(flops=7e13, code=8_000_000, vocab=4096, token_bytes=5, valid_bytes=100_000, valid_batch=16),
     },
