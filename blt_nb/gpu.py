@@ -11,7 +11,8 @@ __all__ = ['BLOCK', 'PARTS', 'TOLERANCE', 'range_mask', 'Items', 'byte_items', '
            'relative_error', 'gradients', 'small_config', 'agreement', 'make_theirs', 'race', 'peak_memory',
            'middle_threshold', 'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal',
            'windows_of', 'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'cut_patches', 'Run', 'valid_texts',
-           'first_texts', 'training_texts', 'train', 'learn_tokens', 'write_speed', 'Bench', 'train_all', 'main']
+           'first_texts', 'training_texts', 'train', 'learn_tokens', 'write_speed', 'Bench', 'train_all', 'changed',
+           'variant', 'sweep', 'main']
 
 # %% ../nbs/14_gpu.ipynb #14a00003
 import argparse, contextlib, importlib.metadata, json, math, os, re, subprocess, sys, time, traceback
@@ -873,13 +874,14 @@ def cut_patches(
         with autocast(loader.device): found = head(packed.states(*loader.batch(i)))[0].cpu().numpy()
         ends = np.cumsum([groups_of(loader.cuts[0][row]) for row in order])
         for row, part in zip(order, np.split(found, ends)): scores[row] = part
-    rows = [torch.from_numpy(part) for part in scores]
-    lengths = torch.tensor([len(part) for part in rows])
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    few = slice(0, min(len(rows), 512))
-    threshold, _ = find_threshold([(padded[few], lengths[few])], mean, max_length=max_length)
-    starts = cut_by_scores(padded, lengths, threshold=threshold, max_length=max_length).starts.numpy()
-    return [row[:n + 1] for row, n in zip(starts, lengths.tolist())], threshold
+    def padded(rows): return nn.utils.rnn.pad_sequence([torch.from_numpy(part) for part in rows], batch_first=True), torch.tensor([len(part) for part in rows])
+    threshold, _ = find_threshold([padded(scores[:512])], mean, max_length=max_length)
+    starts = []
+    for begin in range(0, len(scores), 4096):
+        some, lengths = padded(scores[begin:begin + 4096])
+        found = cut_by_scores(some, lengths, threshold=threshold, max_length=max_length).starts.numpy()
+        starts += [row[:n + 1].copy() for row, n in zip(found, lengths.tolist())]
+    return starts, threshold
 
 # %% ../nbs/14_gpu.ipynb #14a00081
 class Run:
@@ -1026,9 +1028,10 @@ class Bench:
     "What the models of a run share: text, windows, the measured rate of matrix products."
     def __init__(self,
         run: Run,
+        keep: bool = True, # checkpoints of the models
     ):
         data, p = preset("data"), preset("run")
-        self.run, self.shape = run, (data.batch_size, data.window)
+        self.run, self.keep, self.shape = run, keep, (data.batch_size, data.window)
         reading = read_corpora() if run.fast else []
         self.matmul = run.stage("matmul", lambda: dict(rate=matmul_rate(run.device, 8192 if run.fast else 256)))["rate"]
         run.note("machine", "matmul rate", self.matmul / 1e12, "TFLOP/s")
@@ -1062,7 +1065,7 @@ class Bench:
         def make():
             torch.manual_seed(0)
             model = EntropyModel(entropy_config()).to(run.device)
-            train(run, "entropy model", model, PackedLM(model, self.shape, run.fast), self.plain(), p.lr, self.matmul, p.steps)
+            train(run, "entropy model", model, PackedLM(model, self.shape, run.fast), self.plain(), p.lr, self.matmul, p.steps, keep=self.keep)
             self.score("entropy model", model, self.shape[1])
             return model.state_dict()
         state, model = run.stage("entropy model", make), EntropyModel(entropy_config()).to(run.device)
@@ -1081,7 +1084,8 @@ class Bench:
         return [EntropyPatcher(entropy, made["threshold"], max_length=p.max_patch)], PackedLoader(self.windows, [made["starts"].cpu().numpy()], self.shape[0])
 
     def phrases(self,
-        one: BLT, # one level, trained
+        name: str, # in the table, of the model that says how uncertain the next patch is
+        one: BLT,  # that model: one level, trained
         loader: PackedLoader, # of its patches
     ) -> tuple[list[Patcher], PackedLoader]:
         "Cut the patches into second-order ones of the running preset's mean length."
@@ -1091,7 +1095,7 @@ class Bench:
             head = fit_head(packed, loader, min(24, len(loader.order)))
             groups, threshold = cut_patches(packed, head, loader, p.mean_group, p.max_group)
             return dict(starts=torch.from_numpy(np.concatenate(groups)), lengths=torch.tensor([len(row) for row in groups]), threshold=threshold) | head.state_dict(prefix="head.")
-        made = run.stage("second-order patches", make)
+        made = run.stage(f"second-order patches of {p.mean_group} by {name}", make)
         head = SurprisalHead(one.config.latent.width, preset("head").hidden).to(run.device)
         head.load_state_dict({key.removeprefix("head."): value for key, value in made.items() if key.startswith("head.")})
         groups = np.split(made["starts"].cpu().numpy(), made["lengths"].cpu().numpy().cumsum()[:-1])
@@ -1110,7 +1114,7 @@ class Bench:
             torch.manual_seed(0)
             model = BLT(config, patchers).to(run.device)
             for level, mean in zip(("patch, bytes", "second-order patch, patches"), loader.means): run.note(name, f"mean length of a {level}", mean, "")
-            train(run, name, model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, lr, self.matmul)
+            train(run, name, model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, lr, self.matmul, keep=self.keep)
             self.score(name, model, self.shape[1])
             return model.state_dict()
         state, model = run.stage(name, make), BLT(config, patchers).to(run.device)
@@ -1125,7 +1129,7 @@ class Bench:
         def make():
             torch.manual_seed(0)
             model = EntropyModel(byte_config()).to(run.device)
-            train(run, name, model, PackedLM(model, self.shape, run.fast), self.plain(), preset("byte").lr, self.matmul)
+            train(run, name, model, PackedLM(model, self.shape, run.fast), self.plain(), preset("byte").lr, self.matmul, keep=self.keep)
             self.score(name, model, self.shape[1])
             return {}
         run.stage(name, make)
@@ -1145,7 +1149,7 @@ class Bench:
             steps = math.ceil(preset("run").flops / work_per_byte(model, [], window) / (self.shape[0] * (window - 1)))
             loader = PackedLoader(windows_of(stream, window, steps * self.shape[0], run.device), [], self.shape[0])
             run.note(name, "bytes a token", made["bytes_per_id"], "bytes")
-            train(run, name, model, PackedLM(model, (self.shape[0], window), run.fast), loader, p.lr, self.matmul, bytes_per_id=made["bytes_per_id"])
+            train(run, name, model, PackedLM(model, (self.shape[0], window), run.fast), loader, p.lr, self.matmul, bytes_per_id=made["bytes_per_id"], keep=self.keep)
             self.score(name, model, window, vocabulary)
             return {}
         run.stage(name, make)
@@ -1196,13 +1200,63 @@ def train_all(
     bench = Bench(run)
     patchers, patched = bench.patches(bench.entropy_model())
     one = bench.blt("one level", blt_config(), patchers, patched, preset("blt").lr)
-    patchers, twice = bench.phrases(one, patched)
+    patchers, twice = bench.phrases("one level", one, patched)
     two = bench.blt("two levels", stacked_config(), patchers, twice, preset("stacked").lr)
     bench.token_level("tokens")
     bench.large(patched)
     bench.byte_level("byte-level")
     bench.writing({"one level": one, "two levels": two})
     bench.beside()
+
+# %% ../nbs/14_gpu.ipynb #14a00087
+@contextlib.contextmanager
+def changed(
+    row: str, # of `PRESETS`
+    **sizes,  # that it has
+) -> Iterator[None]:
+    "In this context the running preset has other sizes. `ValueError` for a row or size that it hasn't."
+    rows = PRESETS[preset_name()]
+    if row not in rows: raise ValueError(f"{row!r} is no row of the preset; take one of {', '.join(rows)}")
+    for name in sizes:
+        if name not in rows[row]: raise ValueError(f"row {row!r} has no {name!r}; it has {', '.join(rows[row])}")
+    before = rows[row]
+    rows[row] = before | sizes
+    try: yield
+    finally: rows[row] = before
+
+def variant(
+    text: str, # as "blt lr=4e-3 latent_layers=6"
+) -> tuple[str, dict]: # row and sizes
+    "`ValueError` for what is not JSON after an equals sign."
+    row, *changes = text.split()
+    return row, {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes)}
+
+def sweep(
+    run: Run,
+    variants: Sequence[str], # see `variant`; rows "blt", "stacked", "tokens" and "byte"
+) -> None:
+    "Train variants at the running budget, each named as it is written. One that diverges has no bpb."
+    for text in variants: # a slip shows before anything is trained
+        row, sizes = variant(text)
+        if row not in ("blt", "stacked", "tokens", "byte"): raise ValueError(f"there are no variants of {row!r}; take blt, stacked, tokens or byte")
+        with changed(row, **sizes): pass
+    rows = [variant(text)[0] for text in variants]
+    if "stacked" in rows and "blt" not in rows[:rows.index("stacked")]: raise ValueError("a 'stacked' variant needs a 'blt' variant before it")
+    bench, trained = Bench(run, keep=False), () # trained: what `phrases` takes
+    entropy = bench.entropy_model()
+    for text in variants:
+        row, sizes = variant(text)
+        with changed(row, **sizes):
+            try:
+                if row == "blt":
+                    patchers, loader = bench.patches(entropy)
+                    trained = text, bench.blt(text, blt_config(), patchers, loader, preset("blt").lr), loader
+                elif row == "stacked":
+                    patchers, twice = bench.phrases(*trained)
+                    bench.blt(text, stacked_config(), patchers, twice, preset("stacked").lr)
+                elif row == "tokens": bench.token_level(text)
+                else: bench.byte_level(text)
+            except FloatingPointError as error: print(f"{text}: {error}", flush=True)
 
 # %% ../nbs/14_gpu.ipynb #14a00090
 def main(
@@ -1211,6 +1265,8 @@ def main(
     "`python -m blt_nb.gpu`."
     parser = argparse.ArgumentParser(prog="python -m blt_nb.gpu", description="Train all models of the preset on one GPU (BLT_PRESET, gpu if it isn't set), or check and measure there.")
     parser.add_argument("--check", action="store_true", help="only compare and measure")
+    parser.add_argument("--sweep", nargs="+", metavar="VARIANT", help="train these variants instead, for example: blt 'blt lr=4e-3' tokens")
+    parser.add_argument("--flops", type=float, help="training FLOPs of each model, in place of the preset's")
     parser.add_argument("--folder", type=Path, default=data_dir() / "cache" / "gpu", help="for checkpoints and logs; a run that was cut goes on from here")
     parser.add_argument("--table", type=Path, default=data_dir() / "results" / "gpu.csv", help="where the results go")
     parser.add_argument("--limit", type=float, default=540, help="seconds, after which nothing new is begun")
@@ -1218,7 +1274,8 @@ def main(
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.check: return 0 if check(given.folder, given.limit) else 1
     run = Run(given.folder, given.limit, given.table)
-    try: train_all(run)
+    try:
+        with changed("run", **({} if given.flops is None else dict(flops=given.flops))): sweep(run, given.sweep) if given.sweep else train_all(run)
     except TimeoutError as error:
         print(error)
         return 1

@@ -681,15 +681,15 @@ PRESETS = {
         "run": dict(flops=7e13, code=8_000_000, valid_bytes=100_000, large=dict(width=256, latent_width=512, latent_layers=4, decoder_layers=1, attention=256), large_steps=10),
     },
     "gpu": {
-        "data": dict(window=2048, batch_size=32, valid_documents=None),
-        "entropy": dict(width=512, layers=6, heads=8, attention=512, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=700, lr=1.5e-3),
-        "blt": dict(width=512, heads=8, attention=512, encoder_layers=1, decoder_layers=4, latent_width=1024, latent_layers=12, latent_heads=16,
-                    ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=65536, ngram_width=64, mean_patch=4.5, max_patch=64, steps=4000, lr=1.2e-3),
-        "byte": dict(width=768, layers=12, heads=12, lr=1e-3),
-        "tokens": dict(width=1024, layers=12, heads=16, vocab=8192, lr=1.2e-3),
+        "data": dict(window=2048, batch_size=48, valid_documents=None),
+        "entropy": dict(width=384, layers=4, heads=6, attention=256, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=600, lr=2e-3),
+        "blt": dict(width=256, heads=4, attention=256, encoder_layers=1, decoder_layers=2, latent_width=512, latent_layers=8, latent_heads=8,
+                    ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=262144, ngram_width=64, mean_patch=6, max_patch=64, steps=4000, lr=2.5e-3),
+        "byte": dict(width=384, layers=6, heads=6, lr=2e-3),
+        "tokens": dict(width=512, layers=8, heads=8, vocab=8192, lr=2e-3),
         "head": dict(hidden=1024, steps=500, lr=1e-3),
-        "stacked": dict(encoder_layers=4, decoder_layers=4, latent_width=1024, latent_layers=8, latent_heads=16, mean_group=4.5, max_group=32, lr=1.2e-3),
-        "run": dict(flops=1.1e16, code=36_000_000, valid_bytes=300_000, large=dict(width=512, latent_width=1024, latent_layers=12, decoder_layers=4, attention=512), large_steps=60),
+        "stacked": dict(encoder_layers=3, decoder_layers=3, latent_width=512, latent_layers=6, latent_heads=8, mean_group=4.5, max_group=32, lr=2.5e-3),
+        "run": dict(flops=1.1e16, code=120_000_000, valid_bytes=300_000, large=dict(width=768, latent_width=1536, latent_layers=16, decoder_layers=3, attention=512), large_steps=40),
     },
 }
 
