@@ -1195,18 +1195,21 @@ class Bench:
 # %% ../nbs/14_gpu.ipynb #14a00085
 def train_all(
     run: Run,
-) -> None:
-    "Every model at the same training FLOPs, scored on both corpora, and what else is measured."
-    bench = Bench(run)
+) -> bool: # did all go well?
+    "Every model at the same training FLOPs, scored on both corpora, and what else is measured. An error ends what builds on the part that has it, and nothing else."
+    bench, fine = Bench(run), True
     patchers, patched = bench.patches(bench.entropy_model())
-    one = bench.blt("one level", blt_config(), patchers, patched, preset("blt").lr)
-    patchers, twice = bench.phrases("one level", one, patched)
-    two = bench.blt("two levels", stacked_config(), patchers, twice, preset("stacked").lr)
-    bench.token_level("tokens")
-    bench.large(patched)
-    bench.byte_level("byte-level")
-    bench.writing({"one level": one, "two levels": two})
-    bench.beside()
+    models = {}
+    def levels():
+        models["one level"] = bench.blt("one level", blt_config(), patchers, patched, preset("blt").lr)
+        models["two levels"] = bench.blt("two levels", stacked_config(), *bench.phrases("one level", models["one level"], patched), preset("stacked").lr)
+    for part in (levels, lambda: bench.token_level("tokens"), lambda: bench.large(patched), lambda: bench.byte_level("byte-level"), lambda: bench.writing(models), bench.beside):
+        try: part()
+        except TimeoutError: raise
+        except Exception:
+            traceback.print_exc()
+            fine = False
+    return fine
 
 # %% ../nbs/14_gpu.ipynb #14a00087
 @contextlib.contextmanager
@@ -1234,7 +1237,7 @@ def variant(
 def sweep(
     run: Run,
     variants: Sequence[str], # see `variant`; rows "blt", "stacked", "tokens" and "byte"
-) -> None:
+) -> bool: # did all go well?
     "Train variants at the running budget, each named as it is written. One that diverges has no bpb."
     for text in variants: # a slip shows before anything is trained
         row, sizes = variant(text)
@@ -1243,7 +1246,7 @@ def sweep(
     rows = [variant(text)[0] for text in variants]
     if "stacked" in rows and "blt" not in rows[:rows.index("stacked")]: raise ValueError("a 'stacked' variant needs a 'blt' variant before it")
     bench, trained = Bench(run, keep=False), () # trained: what `phrases` takes
-    entropy = bench.entropy_model()
+    entropy, fine = bench.entropy_model(), True
     for text in variants:
         row, sizes = variant(text)
         with changed(row, **sizes):
@@ -1256,7 +1259,10 @@ def sweep(
                     bench.blt(text, stacked_config(), patchers, twice, preset("stacked").lr)
                 elif row == "tokens": bench.token_level(text)
                 else: bench.byte_level(text)
-            except FloatingPointError as error: print(f"{text}: {error}", flush=True)
+            except FloatingPointError as error:
+                print(f"{text}: {error}", flush=True)
+                fine = False
+    return fine
 
 # %% ../nbs/14_gpu.ipynb #14a00090
 def main(
@@ -1275,12 +1281,12 @@ def main(
     if given.check: return 0 if check(given.folder, given.limit) else 1
     run = Run(given.folder, given.limit, given.table)
     try:
-        with changed("run", **({} if given.flops is None else dict(flops=given.flops))): sweep(run, given.sweep) if given.sweep else train_all(run)
+        with changed("run", **({} if given.flops is None else dict(flops=given.flops))): fine = sweep(run, given.sweep) if given.sweep else train_all(run)
     except TimeoutError as error:
         print(error)
         return 1
     finally: run.write()
-    return 0
+    return 0 if fine else 1
 
 if __name__ == "__main__" and Path(sys.argv[0]).name == "gpu.py":
     os.environ.setdefault("BLT_PRESET", "gpu")
