@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .data import EMBEDDED, OFFSET, VOCAB_SIZE, ByteStream, Loader, data_dir, encode, load_corpus, load_passages, name_hash, to_bytes
 from .entropy import EntropyConfig, EntropyModel, NgramConfig, entropy_config
-from .evaluation import TokenConfig, TokenModel, TokenStream, Vocabulary, score
+from .evaluation import TokenConfig, TokenModel, TokenStream, Vocabulary, cutting_flops, score
 from .generation import State
 from .local import Pool, Unpool, segment_max
 from .model import BLT, BLTConfig, Level, LevelConfig, blt_config, flops_per_byte, lm_flops_per_byte, transformer_flops
@@ -991,6 +991,7 @@ def train(
     run.note(name, "steps", steps, "")
     run.note(name, "training text", history.bytes.iloc[-1] * bytes_per_id, "bytes")
     run.note(name, "training FLOPs", work * history.bytes.iloc[-1], "FLOP")
+    run.note(name, "forward pass for a byte", work / 3 / bytes_per_id / 1e6, "MFLOP")
     run.note(name, "training time", history.seconds.iloc[-1], "s")
     run.note(name, "of it the first steps, which compile", history.seconds.iloc[0], "s")
     run.note(name, "training speed", rate * bytes_per_id, "bytes/s")
@@ -1114,6 +1115,7 @@ class Bench:
             torch.manual_seed(0)
             model = BLT(config, patchers).to(run.device)
             for level, mean in zip(("patch, bytes", "second-order patch, patches"), loader.means): run.note(name, f"mean length of a {level}", mean, "")
+            run.note(name, "cutting for a byte, counted nowhere else", cutting_flops(patchers, loader.means, self.shape[1]) / 1e6, "MFLOP")
             train(run, name, model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, lr, self.matmul, keep=self.keep)
             self.score(name, model, self.shape[1])
             return model.state_dict()

@@ -682,7 +682,7 @@ PRESETS = {
     },
     "gpu": {
         "data": dict(window=2048, batch_size=48, valid_documents=None),
-        "entropy": dict(width=384, layers=4, heads=6, attention=256, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=600, lr=2e-3),
+        "entropy": dict(width=256, layers=2, heads=4, attention=256, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=600, lr=2.5e-3),
         "blt": dict(width=256, heads=4, attention=256, encoder_layers=1, decoder_layers=2, latent_width=512, latent_layers=8, latent_heads=8,
                     ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=262144, ngram_width=64, mean_patch=6, max_patch=64, steps=4000, lr=2.5e-3),
         "byte": dict(width=384, layers=6, heads=6, lr=2e-3),
