@@ -7,18 +7,18 @@ __all__ = ['BLOCK', 'PARTS', 'TOLERANCE', 'range_mask', 'Items', 'byte_items', '
            'random_rows', 'groups_of', 'embed', 'working_dtype', 'run_block', 'pool_groups', 'look_up', 'predict',
            'predict_entropy', 'predict_loss', 'parts', 'run_transformer', 'run_states', 'run_level', 'PackedBLT',
            'PackedLM', 'marks_of', 'slots_for', 'useful_flops', 'work_per_byte', 'synchronise', 'median_seconds',
-           'matmul_rate', 'TokenModel', 'random_batch', 'step_function', 'training_speed', 'sized_config',
-           'byte_config', 'relative_error', 'gradients', 'small_config', 'agreement', 'make_theirs', 'race',
-           'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal', 'upload',
-           'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'cut_patches', 'TokenStream',
-           'token_bits_per_byte', 'Run', 'valid_texts', 'first_texts', 'training_texts', 'train', 'learn_tokens',
-           'write_speed', 'train_all', 'main']
+           'matmul_rate', 'random_batch', 'step_function', 'training_speed', 'sized_config', 'byte_config',
+           'relative_error', 'gradients', 'small_config', 'agreement', 'make_theirs', 'race', 'peak_memory',
+           'middle_threshold', 'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal',
+           'windows_of', 'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'cut_patches', 'Run', 'valid_texts',
+           'first_texts', 'training_texts', 'train', 'learn_tokens', 'write_speed', 'Bench', 'train_all', 'changed',
+           'variant', 'sweep', 'main']
 
 # %% ../nbs/14_gpu.ipynb #14a00003
-import argparse, json, math, os, subprocess, sys, time, traceback
-from collections.abc import Callable, Sequence
+import argparse, contextlib, importlib.metadata, json, math, os, re, subprocess, sys, time, traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,20 +26,22 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn as nn
-from tokenizers import Tokenizer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .data import EMBEDDED, EOS_ID, OFFSET, VOCAB_SIZE, ByteStream, Loader, data_dir, encode, load_corpus, load_passages, name_hash, to_bytes
-from .entropy import EntropyConfig, EntropyModel, entropy_config
+from .data import EMBEDDED, OFFSET, VOCAB_SIZE, ByteStream, Loader, data_dir, encode, load_corpus, load_passages, name_hash, to_bytes
+from .entropy import EntropyConfig, EntropyModel, NgramConfig, entropy_config
+from .evaluation import TokenConfig, TokenModel, TokenStream, Vocabulary, cutting_flops, score
 from .generation import State
 from .local import Pool, Unpool, segment_max
 from .model import BLT, BLTConfig, Level, LevelConfig, blt_config, flops_per_byte, lm_flops_per_byte, transformer_flops
-from .patching import EntropyPatcher, Patches, SpacePatcher, StaticPatcher, cut as cut_by_scores, find_threshold, train_bpe
+from .patching import EntropyPatcher, Patcher, Patches, SpacePatcher, StaticPatcher, cut as cut_by_scores, find_threshold, train_bpe
 from .pretrained import from_transformers
 from .stacked import SurprisalHead, SurprisalPatcher, stacked_config
-from .training import autocast, bits_per_byte, fit, hardware, next_id_loss, param_groups, preset, preset_name, round_bf16
-from .transformer import RMSNorm, Transformer, TransformerConfig, init_linear, masked_attention, rope_table, window_mask
+from .training import PRESETS, autocast, fit, hardware, next_id_loss, param_groups, preset, preset_name, round_bf16
+from .transformer import TransformerConfig, masked_attention, rope_table, window_mask
 
 # %% ../nbs/14_gpu.ipynb #14a00011
 BLOCK = 128 # positions to a block of a mask
@@ -66,16 +68,26 @@ class Items:
     "A stream of items, bytes or groups, of all rows of a batch."
     rows: Tensor      # (R,) the row of each
     positions: Tensor # places in the row, for the rotary angles: (T,) where all rows are alike, else (R,)
-    mask: BlockMask   # who sees whom in self-attention
+    mask: BlockMask | None # who sees whom in self-attention; None: each all before it
+    angles: dict = field(default_factory=dict) # see `rope`
+
+    def rope(self,
+        config: TransformerConfig, # of a transformer that reads them
+    ) -> tuple[Tensor, Tensor]: # see `rope_table`
+        "Rotary angles, computed once however many blocks turn by them."
+        key = config.width // config.heads, config.theta
+        if key not in self.angles: self.angles[key] = rope_table(self.positions, *key)
+        return self.angles[key]
 
 def byte_items(
     rows: int,   # B
     length: int, # T
-    window: int, # ids that attention sees
+    window: int | None, # ids that attention sees; None: all before
     device: torch.device | str,
 ) -> Items: # of all batches: they don't depend on the text
     "Bytes come in rows of equal length."
-    return Items(torch.arange(rows, device=device).repeat_interleave(length), torch.arange(length, device=device), window_mask(length, window, device))
+    mask = window_mask(length, window, device) if window and window < length else None # without a window there is a faster kernel
+    return Items(torch.arange(rows, device=device).repeat_interleave(length), torch.arange(length, device=device), mask)
 
 def packed_items(
     rows: Tensor, # (S,) the row of each slot, in order
@@ -153,13 +165,13 @@ def groups_of(
 
 # %% ../nbs/14_gpu.ipynb #14a00021
 def embed(
-    model: BLT | EntropyModel,
+    model: BLT | EntropyModel | TokenModel,
     ids: Tensor, # (B, T)
     dtype: torch.dtype, # of all that follows
 ) -> Tensor: # (B, T, d)
     "The beginning of `forward`, without a look at the ids."
-    x = model.embed(ids)
-    return (x if model.ngrams is None else x + model.ngrams(ids)).to(dtype)
+    x, ngrams = model.embed(ids), getattr(model, "ngrams", None) # a model of tokens has none
+    return (x if ngrams is None else x + ngrams(ids)).to(dtype)
 
 def working_dtype(device: torch.device) -> torch.dtype:
     "That of matrix products, here and now: what goes from block to block has it too."
@@ -195,7 +207,7 @@ def look_up(
     found = masked_attention(q, keys, values, cut.unpool, scale=1.0)[0].transpose(0, 1).reshape(x.shape)
     return torch.add(unpool.cross.out(found), x, alpha=skip)
 
-def predict(model: BLT | EntropyModel, x: Tensor) -> Tensor: # (B, T, ids)
+def predict(model: BLT | EntropyModel | TokenModel, x: Tensor) -> Tensor: # (B, T, ids)
     "The end of `forward`."
     return model.head(model.norm(x))
 
@@ -204,7 +216,7 @@ def predict_entropy(model: BLT | EntropyModel, x: Tensor) -> Tensor: # (B, T) na
     log_p = predict(model, x).float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
-def predict_loss(model: BLT | EntropyModel, x: Tensor, ids: Tensor) -> Tensor: # nats
+def predict_loss(model: BLT | EntropyModel | TokenModel, x: Tensor, ids: Tensor) -> Tensor: # nats
     "And the loss, without keeping logits in float32."
     return next_id_loss(predict(model, x), ids)
 
@@ -224,12 +236,11 @@ def run_transformer(
     blocks: Sequence[nn.Module],
     config: TransformerConfig,
     x: Tensor,     # (B, T, d), or (1, S, d)
-    positions: Tensor, # see `Items`
-    mask: BlockMask | None, # None: what the blocks' window says
+    items: Items,
 ) -> Tensor:
     "As `Transformer.forward`."
-    rope = rope_table(positions, config.width // config.heads, config.theta)
-    for block in blocks: x = run.run_block(block, x, rope, mask)
+    rope = items.rope(config)
+    for block in blocks: x = run.run_block(block, x, rope, items.mask)
     return x
 
 def run_states(
@@ -241,10 +252,10 @@ def run_states(
 ) -> Tensor: # (1, S, d_latent)
     "As `Level.states`."
     network = level.encoder.transformer
-    x = run_transformer(run, network.blocks, network.config, x, items[0].positions, items[0].mask)
+    x = run_transformer(run, network.blocks, network.config, x, items[0])
     groups = run.pool_groups(level.encoder.pool, x.flatten(0, 1), cuts[0])[None]
     if isinstance(level.inner, Level): return run_states(run, level.inner, groups, items[1:], cuts[1:])
-    return run_transformer(run, level.inner.blocks, level.inner.config, groups, items[1].positions, items[1].mask)
+    return run_transformer(run, level.inner.blocks, level.inner.config, groups, items[1])
 
 def run_level(
     run: SimpleNamespace, # from `parts`
@@ -255,14 +266,14 @@ def run_level(
 ) -> Tensor: # (B, T, d)
     "As `Level.forward`."
     encoder, decoder, (mine, *_), (cut, *_) = level.encoder, level.decoder, items, cuts
-    x = run_transformer(run, encoder.transformer.blocks, encoder.transformer.config, x, mine.positions, mine.mask)
+    x = run_transformer(run, encoder.transformer.blocks, encoder.transformer.config, x, mine)
     groups = run.pool_groups(encoder.pool, x.flatten(0, 1), cut)[None]
     if isinstance(level.inner, Level): groups = run_level(run, level.inner, groups, items[1:], cuts[1:])
-    else: groups = run_transformer(run, level.inner.blocks, level.inner.config, groups, items[1].positions, items[1].mask)
+    else: groups = run_transformer(run, level.inner.blocks, level.inner.config, groups, items[1])
     groups = decoder.spread(groups)[0].unflatten(-1, (decoder.k, -1))
     for i, block in enumerate(decoder.transformer.blocks):
         if i < len(decoder.unpools): x = run.look_up(decoder.unpools[i], x, groups, cut, decoder.skip)
-        x = run_transformer(run, [block], decoder.transformer.config, x, mine.positions, mine.mask)
+        x = run_transformer(run, [block], decoder.transformer.config, x, mine)
     return x
 
 # %% ../nbs/14_gpu.ipynb #14a00023
@@ -279,7 +290,7 @@ class PackedBLT:
             if level.decoder.window != level.encoder.window:
                 raise ValueError(f"an encoder sees {level.encoder.window} positions and its decoder {level.decoder.window}; make the windows equal to share a mask")
         self.windows = [*(level.encoder.window for level in blt.config.levels[1:]), blt.config.latent.window] # of the groups of each level
-        self.items = byte_items(*shape, blt.config.levels[0].encoder.window or shape[1], blt.embed.weight.device)
+        self.items = byte_items(*shape, blt.config.levels[0].encoder.window, blt.embed.weight.device)
 
     @torch.no_grad()
     def plan(self,
@@ -317,18 +328,16 @@ class PackedBLT:
 class PackedLM:
     "The same for a model without levels: the entropy model, and the baselines."
     def __init__(self,
-        model: EntropyModel,    # or what has embed, ngrams, transformer, norm and head as it has
+        model: EntropyModel | TokenModel,
         shape: tuple[int, int], # B, T
         compiled: bool = True,
     ):
         self.model, self.run, self.config = model, parts(compiled), model.transformer.config
-        device, window = model.embed.weight.device, self.config.window
-        self.positions = torch.arange(shape[1], device=device)
-        self.mask = window_mask(shape[1], window, device) if window and window < shape[1] else None # without a window there is a faster kernel
+        self.items = byte_items(*shape, self.config.window, model.embed.weight.device)
 
     def hidden(self, ids: Tensor) -> Tensor: # (B, T, d)
         "All but the head."
-        return run_transformer(self.run, self.model.transformer.blocks, self.config, self.run.embed(self.model, ids, working_dtype(ids.device)), self.positions, self.mask)
+        return run_transformer(self.run, self.model.transformer.blocks, self.config, self.run.embed(self.model, ids, working_dtype(ids.device)), self.items)
 
     def logits(self, ids: Tensor) -> Tensor: # (B, T, ids)
         "As `EntropyModel.forward`."
@@ -338,7 +347,7 @@ class PackedLM:
         "As `EntropyModel.entropies`."
         return self.run.predict_entropy(self.model, self.hidden(ids))
 
-    def loss(self, model: EntropyModel, ids: Tensor) -> Tensor: # nats per id
+    def loss(self, model: EntropyModel | TokenModel, ids: Tensor) -> Tensor: # nats per id
         "To give to `blt_nb.training.fit`."
         return self.run.predict_loss(self.model, self.hidden(ids), ids)
 
@@ -371,7 +380,7 @@ def useful_flops(
     return c.layers * (2 * linear + 4 * keys * c.width)
 
 def work_per_byte(
-    model: BLT | EntropyModel,
+    model: BLT | EntropyModel | TokenModel,
     means: Sequence[float], # see `flops_per_byte`; empty for a model without levels
     window: int, # bytes read together
 ) -> float: # FLOPs of a training step for one byte, or for one token of a model of tokens
@@ -414,24 +423,6 @@ def matmul_rate(
     "A product of square matrices of random numbers, ten at a time, in bf16 on a GPU, else in float32."
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return 10 * 2 * size**3 / median_seconds(lambda: [a @ b for _ in range(10)], 9, device)
-
-# %% ../nbs/14_gpu.ipynb #14a00034
-class TokenModel(nn.Module):
-    "A transformer over tokens, the plain kind: the BPE baseline."
-    def __init__(self,
-        config: TransformerConfig,
-        vocab: int, # tokens
-    ):
-        super().__init__()
-        self.embed, self.ngrams, self.transformer = nn.Embedding(vocab, config.width), None, Transformer(config)
-        nn.init.normal_(self.embed.weight, std=config.width ** -0.5)
-        self.norm, self.head = RMSNorm(config.width, config.eps), nn.Linear(config.width, vocab, bias=False)
-        init_linear(self.head)
-
-    def forward(self,
-        ids: Tensor, # (B, T) tokens
-    ) -> Tensor: # (B, T, vocab) logits of the token after each
-        return self.head(self.norm(self.transformer(self.embed(ids))))
 
 # %% ../nbs/14_gpu.ipynb #14a00035
 def random_batch(
@@ -537,7 +528,7 @@ def small_config() -> BLTConfig:
     def level(width, window):
         network = TransformerConfig(width=width, heads=width // 64, layers=1, window=window)
         return LevelConfig(network, network)
-    return BLTConfig([level(128, 256), level(256, None)], TransformerConfig(width=512, heads=8, layers=2), blt_config().ngrams)
+    return BLTConfig([level(128, 256), level(256, None)], TransformerConfig(width=512, heads=8, layers=2), NgramConfig(sizes=(3, 4), rows=512, width=16))
 
 def agreement(
     device: torch.device,
@@ -604,47 +595,88 @@ def race(
             if i: seconds[name].append(time.perf_counter() - start)
     return {name: float(np.median(taken)) for name, taken in seconds.items()}
 
+def peak_memory(
+    run: Callable, # what to measure
+    device: torch.device,
+) -> float: # MB beyond what is held before; NaN where that isn't counted
+    "The most memory that a call holds."
+    if device.type != "cuda": return math.nan
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+def middle_threshold(
+    scores: Tensor, # nats
+    share: float,   # of the scores that lie above it, about
+) -> float:
+    "In the widest gap between neighbouring scores, so that rounding moves no score across."
+    ranked = scores.flatten().sort().values
+    near = ranked[int((0.95 - share) * len(ranked)):int((1.05 - share) * len(ranked)) + 2]
+    widest = near.diff().argmax()
+    return float(near[widest:widest + 2].mean())
+
 def beside_transformers(
     device: torch.device,
     lengths: dict[int, int], # bytes -> rounds
     write: dict[int, int],   # bytes written after so many
     samples: int = 8,        # passes that are timed of theirs when it writes: it has no cache that works, and each byte takes a full pass
     **sizes,                 # see `make_theirs`
-) -> list[dict]: # what, T, ours and theirs in bytes/s
-    "Forward, forward and backward, and writing. `AssertionError` where the logits differ."
+) -> list[dict]: # what, unit, ours and theirs
+    "Logits, forward, forward and backward, memory, and writing. `ImportError` without `transformers`."
+    torch.set_float32_matmul_precision("highest") # no TF32
     theirs = make_theirs(**sizes)
-    ours = from_transformers(theirs)
+    ours, version = from_transformers(theirs), importlib.metadata.version("transformers")
     text = b"\n\n".join(passage["text"].encode() for passage in load_passages())
     ids = encode((text * (1 + max(lengths) // len(text)))[:max(*lengths, *(before + count for before, count in write.items())) - 1], bos=True)
-    ours.patchers[0].threshold = float(ours.patchers[0].scores(ids[None, :512]).quantile(0.75)) # every fourth byte or so starts a patch
+    ours.patchers[0].threshold = middle_threshold(ours.patchers[0].scores(ids[None, :2048]), 0.25) # every fourth byte or so starts a patch
     theirs.config.patching_threshold = theirs.model.config.patching_threshold = ours.patchers[0].threshold
     theirs, ours, ids, rows = theirs.to(device), ours.to(device), ids.to(device), []
+    def note(what, T, unit, **values): rows.append(dict(what=f"{what}, T = {T}", unit=unit, **values))
+    def agree(what, T, mine, others):
+        error = relative_error(mine, others)
+        note(f"difference of logits, {what}", T, "", ours=0.0, theirs=error)
+        if error >= 1e-3: print(f"{what}, {T} bytes: the logits of transformers {version} differ by {error:.1e}, so nothing is timed", flush=True)
+        return error < 1e-3
     def forward(model, *args, **kwargs):
         with torch.no_grad(): return model(*args, **kwargs)
     def both_ways(model, part, *args, **kwargs):
         model.zero_grad(set_to_none=True)
         out = model(part, *args, **kwargs)
         next_id_loss(getattr(out, "logits", out), part).backward()
-    for T, rounds in lengths.items():
-        part = ids[None, :T]
-        patches = ours.segment(part)
-        starts = patches[0].starts[0].nonzero()[:, 0]
-        cuts = torch.diff(starts, append=starts.new_tensor([T]))[None]
-        error = relative_error(forward(ours, part, patches), forward(theirs, part, patch_lengths=cuts, use_cache=False).logits)
-        assert error < 1e-3, f"the logits of {T} bytes differ by {error:.1e}"
-        for what, run in (("forward", forward), ("forward and backward", both_ways)):
-            seconds = race({"ours": lambda: run(ours, part, patches), "theirs": lambda: run(theirs, part, patch_lengths=cuts, use_cache=False)}, rounds, device)
-            rows.append(dict(what=what, T=T, **{who: T / taken for who, taken in seconds.items()}))
+
     for before, count in write.items():
         state = State(ours)
         state.push(ids[:before])
         def ours_writes():
-            for t in range(before, before + count): state.push(ids[t:t + 1])
+            for t in range(before, before + count): ours_writes.logits = state.push(ids[t:t + 1])
+        def theirs_pass(t): return forward(theirs, ids[None, :t + 1], use_cache=False, logits_to_keep=1).logits[:, -1]
         seconds = median_seconds(ours_writes, 1, device, warmup=0) / count
+        if not agree("writing", before, ours_writes.logits, theirs_pass(before + count - 1)): continue
         passes = [int(t) for t in np.linspace(before, before + count - 1, min(samples, count)).round()]
-        full = median_seconds(lambda: [forward(theirs, ids[None, :t + 1], use_cache=False, logits_to_keep=1) for t in passes], 1, device) / len(passes)
-        rows.append(dict(what="writing", T=before, ours=1 / seconds, theirs=1 / full))
-    return [row | {"ratio": row["ours"] / row["theirs"]} for row in rows]
+        full = median_seconds(lambda: [theirs_pass(t) for t in passes], 1, device) / len(passes)
+        note("writing, float32", before, "bytes/s", ours=1 / seconds, theirs=1 / full)
+
+    cuts = {}
+    for T in lengths:
+        patches = ours.segment(ids[None, :T])
+        starts = patches[0].starts[0].nonzero()[:, 0]
+        given = patches, torch.diff(starts, append=starts.new_tensor([T]))[None] # the same for both
+        if agree("forward", T, forward(ours, ids[None, :T], patches), forward(theirs, ids[None, :T], patch_lengths=given[1], use_cache=False).logits): cuts[T] = given
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        for T, (patches, given) in cuts.items():
+            part = ids[None, :T]
+            for what, run in (("forward", forward), ("forward and backward", both_ways)):
+                runners = {"ours": lambda: run(ours, part, patches), "theirs": lambda: run(theirs, part, patch_lengths=given, use_cache=False)}
+                note(f"{what}, {name}", T, "bytes/s", **{who: T / taken for who, taken in race(runners, lengths[T], device).items()})
+                for model in (ours, theirs): model.zero_grad(set_to_none=True)
+                note(f"memory, {what}, {name}", T, "MB", **{who: peak_memory(runner, device) for who, runner in runners.items()})
+                for model in (ours, theirs): model.zero_grad(set_to_none=True)
+    return rows
 
 # %% ../nbs/14_gpu.ipynb #14a00061
 def top_kernels(
@@ -669,19 +701,14 @@ def read_corpora() -> list[subprocess.Popen]: # their output is a pipe
 
 def candidates() -> list[tuple]: # name, maker, (B, T), items a group at each level; profiled?
     "What the check measures."
-    data, e = preset("data"), preset("blt").mean_patch
+    data, t, e = preset("data"), preset("tokens"), preset("blt").mean_patch
     shape, g = (data.batch_size, data.window), preset("stacked").mean_group
-    found = [("one level", lambda: BLT(blt_config(), []), shape, [e], True),
-             ("two levels", lambda: BLT(stacked_config(), []), shape, [e, g], True),
-             ("entropy model", lambda: EntropyModel(entropy_config()), shape, [], True),
-             ("byte-level", lambda: EntropyModel(byte_config()), shape, [], False),
-             ("tokens", lambda: TokenModel(blt_config().latent, 8192), (shape[0], shape[1] // 4), [], False)]
-    if preset_name() == "ci": return found
-    return found + [("latent heads of 128", lambda: BLT(sized_config(512, 1024, 12, 4, 512, 128), []), shape, [e], False),
-                    ("attention 256", lambda: BLT(sized_config(512, 1024, 12, 4, 256), []), shape, [e], False),
-                    ("latent 1536, local 768", lambda: BLT(sized_config(768, 1536, 12, 3, 512, 128), []), shape, [e], False),
-                    ("latent 2048, local 512", lambda: BLT(sized_config(512, 2048, 12, 2, 512, 128), []), shape, [e], True),
-                    ("latent 2048, local 1024", lambda: BLT(sized_config(1024, 2048, 16, 3, 512, 128), []), shape, [e], False)]
+    return [("one level", lambda: BLT(blt_config(), []), shape, [e], True),
+            ("two levels", lambda: BLT(stacked_config(), []), shape, [e, g], True),
+            ("entropy model", lambda: EntropyModel(entropy_config()), shape, [], True),
+            ("byte-level", lambda: EntropyModel(byte_config()), shape, [], False),
+            ("tokens", lambda: TokenModel(TokenConfig(t.vocab + OFFSET, TransformerConfig(width=t.width, layers=t.layers, heads=t.heads))), (shape[0], shape[1] // 4), [], False),
+            ("large", lambda: BLT(sized_config(**preset("run").large), []), shape, [e], True)]
 
 def check(
     out: Path,     # folder for what doesn't fit on a screen
@@ -745,55 +772,57 @@ def deal(
         batches.append(random.permutation(ranked.T))
     return np.concatenate(batches)
 
-def upload(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    "To the device, without waiting for it."
-    tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def windows_of(
+    stream: ByteStream, # of bytes or of tokens
+    window: int,        # T, ids a window, BOS included
+    count: int,         # W
+    device: torch.device,
+) -> Tensor: # (W, T) int16, on the device
+    "The first windows that a `Loader` gives."
+    loader = Loader(stream, window, 64)
+    return torch.cat([loader.batch(i).to(torch.int16) for i in range(-(-count // 64))])[:count].to(device)
 
 class PackedLoader:
-    "Windows with their cuts in batches of one shape, on the device, for `PackedBLT` and, without cuts, for `PackedLM`."
+    "Windows with their cuts in batches of one shape, all on the device, for `PackedBLT` and, without cuts, for `PackedLM`."
     def __init__(self,
-        windows: np.ndarray, # (W, T) ids
+        windows: Tensor, # (W, T) int16, on the device
         cuts: Sequence[Sequence[np.ndarray]], # for each level and window (n + 1,) bool, see `pack`
-        batch_size: int,     # B
-        device: torch.device,
+        batch_size: int, # B
         seed: int = 0,
     ):
-        self.windows, self.cuts, self.device = windows, cuts, device
+        self.cuts, self.device = cuts, windows.device
         counts = [np.array([groups_of(row) for row in level]) for level in cuts]
         self.order = deal(counts[0] if cuts else np.zeros(len(windows), int), batch_size, seed)
         self.slots = [slots_for(number[self.order].sum(1)) for number in counts]
         self.means = [float(sum(sizes) / number.sum()) for sizes, number in zip([np.full(len(windows), windows.shape[1]), *counts], counts)] # items a group
+        self.ids, self.marks = windows[torch.from_numpy(self.order).to(self.device)], [] # (batches, B, T); for each level starts and nexts, (batches, slots)
+        for level, room in zip(cuts, (batch_size * windows.shape[1], *self.slots)):
+            packed = [pack([level[row] for row in rows], room) for rows in self.order]
+            self.marks += [torch.stack(part).to(self.device) for part in zip(*packed)]
 
     def batch(self,
         step: int, # from 0; after the last batch the first comes again
     ) -> tuple[Tensor, ...]: # ids, and marks as `PackedBLT` takes them
         "The batch of a step."
-        rows = self.order[step % len(self.order)]
-        batch = [upload(self.windows[rows].astype(np.int64), self.device)]
-        for level, room in zip(self.cuts, (batch[0].numel(), *self.slots)):
-            batch += [upload(t, self.device) for t in pack([level[row] for row in rows], room)]
-        return tuple(batch)
+        i = step % len(self.order)
+        return self.ids[i].long(), *(part[i] for part in self.marks)
 
 # %% ../nbs/14_gpu.ipynb #14a00073
 @torch.no_grad()
 def cut_bytes(
-    packed: PackedLM,    # the entropy model
-    windows: np.ndarray, # (W, T), W a multiple of the batch
+    packed: PackedLM, # the entropy model
+    windows: Tensor,  # (W, T) int16, on the device; W a multiple of the batch
     batch_size: int,
-    mean: float,         # wanted mean length, bytes
-    max_length: int,     # bytes of the longest patch
-) -> tuple[np.ndarray, float]: # (W, T + 1) bool, where patches start, and the threshold, nats
+    mean: float,      # wanted mean length, bytes
+    max_length: int,  # bytes of the longest patch
+) -> tuple[Tensor, float]: # (W, T + 1) bool, where patches start, and the threshold, nats
     "Score all windows, and cut them by the threshold that gives the mean length on the first of them."
-    device, scores = packed.positions.device, []
     def entropies(begin):
-        with autocast(device): return packed.entropies(upload(windows[begin:begin + batch_size].astype(np.int64), device))
+        with autocast(windows.device): return packed.entropies(windows[begin:begin + batch_size].long())
     sample = [entropies(begin) for begin in range(0, min(len(windows), 16 * batch_size), batch_size)]
     threshold, _ = find_threshold([(scores.cpu(), None) for scores in sample], mean, max_length=max_length)
-    starts = np.empty((len(windows), windows.shape[1] + 1), bool)
-    for begin in range(0, len(windows), batch_size):
-        starts[begin:begin + batch_size] = cut_by_scores(entropies(begin), threshold=threshold, max_length=max_length).starts.cpu().numpy()
-    return starts, threshold
+    starts = torch.cat([cut_by_scores(entropies(begin), threshold=threshold, max_length=max_length).starts for begin in range(0, len(windows), batch_size)])
+    return starts.cpu(), threshold
 
 @torch.no_grad()
 def patch_targets(
@@ -835,46 +864,24 @@ def fit_head(
 def cut_patches(
     packed: PackedBLT, # of the one-level model
     head: SurprisalHead,
-    loader: PackedLoader, # of all windows
+    loader: PackedLoader, # of whole batches
     mean: float,       # wanted mean length, patches
     max_length: int,   # patches of the longest group
 ) -> tuple[list[np.ndarray], float]: # for each window (n + 1,) bool, and the threshold, nats
     "Score the patches of all windows, and cut them by the threshold that gives the mean length on the first of them."
-    scores = [None] * len(loader.windows)
+    scores = [None] * loader.order.size
     for i, order in enumerate(loader.order):
         with autocast(loader.device): found = head(packed.states(*loader.batch(i)))[0].cpu().numpy()
         ends = np.cumsum([groups_of(loader.cuts[0][row]) for row in order])
         for row, part in zip(order, np.split(found, ends)): scores[row] = part
-    rows = [torch.from_numpy(part) for part in scores if part is not None]
-    lengths = torch.tensor([len(part) for part in rows])
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    few = slice(0, min(len(rows), 512))
-    threshold, _ = find_threshold([(padded[few], lengths[few])], mean, max_length=max_length)
-    starts = cut_by_scores(padded, lengths, threshold=threshold, max_length=max_length).starts.numpy()
-    return [row[:n + 1] for row, n in zip(starts, lengths.tolist())], threshold
-
-# %% ../nbs/14_gpu.ipynb #14a00075
-class TokenStream(ByteStream):
-    "Documents as tokens of a BPE vocabulary, in place of bytes. Token t has id t + OFFSET."
-    def __init__(self,
-        texts: Sequence[str],
-        tokenizer, # from `train_bpe`
-    ):
-        parts = [np.array(found.ids, np.uint16) for found in tokenizer.encode_batch(list(texts))]
-        self.ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
-        self.ids = np.full(self.ends[-1] if parts else 0, EOS_ID, dtype=np.uint16)
-        for part, end in zip(parts, self.ends): self.ids[end - 1 - len(part):end - 1] = part + np.uint16(OFFSET)
-
-def token_bits_per_byte(
-    model: TokenModel,
-    texts: Sequence[str],
-    tokenizer, # from `train_bpe`
-    window: int, # tokens
-    batch_size: int,
-) -> float: # bits per byte
-    "As `bits_per_byte`."
-    stream = TokenStream(texts, tokenizer)
-    return bits_per_byte(model, stream, window, batch_size) * (len(stream) - len(stream.ends)) / sum(len(text.encode()) for text in texts)
+    def padded(rows): return nn.utils.rnn.pad_sequence([torch.from_numpy(part) for part in rows], batch_first=True), torch.tensor([len(part) for part in rows])
+    threshold, _ = find_threshold([padded(scores[:512])], mean, max_length=max_length)
+    starts = []
+    for begin in range(0, len(scores), 4096):
+        some, lengths = padded(scores[begin:begin + 4096])
+        found = cut_by_scores(some, lengths, threshold=threshold, max_length=max_length).starts.numpy()
+        starts += [row[:n + 1].copy() for row, n in zip(found, lengths.tolist())]
+    return starts, threshold
 
 # %% ../nbs/14_gpu.ipynb #14a00081
 class Run:
@@ -882,38 +889,47 @@ class Run:
     def __init__(self,
         folder: Path,
         limit: float, # seconds
+        table: Path,  # a CSV file, written after each stage
     ):
-        self.folder, self.limit, self.start, self.rows = folder, limit, time.perf_counter(), []
+        self.folder, self.limit, self.table, self.start, self.rows = folder, limit, table, time.perf_counter(), []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        folder.mkdir(parents=True, exist_ok=True)
+        self.fast = self.device.type == "cuda" # what is compiled, and measured at full size
+        for path in (folder, table.parent): path.mkdir(parents=True, exist_ok=True)
 
     def note(self, model: str, what: str, value: float, unit: str) -> None:
         "A number for the table."
         self.rows.append(dict(model=model, what=what, value=float(value), unit=unit))
         print(f"{time.perf_counter() - self.start:4.0f} s  {model}: {what} {value:.5g} {unit}", flush=True)
 
+    def write(self) -> None:
+        "The table, as far as it goes."
+        pd.DataFrame(self.rows).assign(preset=preset_name(), hardware=hardware(), torch=torch.__version__).to_csv(self.table, index=False)
+
     def stage(self,
         name: str,
-        make: Callable, # returns what `torch.save` can write
-    ):
+        make: Callable, # returns a dictionary of tensors and of what JSON can hold
+    ) -> dict:
         "What `make` returned, now or in an earlier run."
-        file = self.folder / f"{name}.pt"
-        if not file.is_file():
-            if time.perf_counter() - self.start > self.limit: raise TimeoutError(f"{self.limit:.0f} s are over before stage {name!r}; run the command again to go on")
-            before, self.rows = self.rows, []
-            try: made = make()
-            except BaseException:
-                self.rows = before + self.rows # what was measured before it holds
-                raise
-            torch.save((made, self.rows), file.with_suffix(".part"))
+        file = self.folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.safetensors"
+        if file.is_file():
+            with safe_open(file, "pt") as kept:
+                noted = json.loads(kept.metadata()["noted"])
+                self.rows += noted["rows"]
+                return {key: kept.get_tensor(key).to(self.device) for key in kept.keys()} | noted["values"]
+        if time.perf_counter() - self.start > self.limit: raise TimeoutError(f"{self.limit:.0f} s are over before stage {name!r}; run the command again to go on")
+        before, self.rows = self.rows, []
+        try:
+            made = make()
+            tensors = {key: value.contiguous() for key, value in made.items() if isinstance(value, Tensor)}
+            noted = dict(rows=self.rows, values={key: value for key, value in made.items() if key not in tensors})
+            save_file(tensors, file.with_suffix(".part"), {"noted": json.dumps(noted)})
             os.replace(file.with_suffix(".part"), file)
-            self.rows = before + self.rows
-            torch._dynamo.reset()
-            if self.device.type == "cuda": torch.cuda.empty_cache()
-            print(f"{time.perf_counter() - self.start:4.0f} s  {name} done", flush=True)
-            return made
-        made, rows = torch.load(file, weights_only=False)
-        self.rows += rows
+        finally:
+            self.rows = before + self.rows # after an error too: what was measured before it holds
+            self.write()
+        torch._dynamo.reset()
+        if self.fast: torch.cuda.empty_cache()
+        print(f"{time.perf_counter() - self.start:4.0f} s  {name} done", flush=True)
         return made
 
 def valid_texts(
@@ -947,44 +963,53 @@ def training_texts(
     modules = sorted((row["text"] for row in load_corpus("code") if row["name"] != "pydoc_data/topics.py"), key=name_hash)
     return sorted([*(row["text"] for row in load_corpus("docs")), *first_texts(modules, code)], key=name_hash)
 
+# %% ../nbs/14_gpu.ipynb #14a00082
 def train(
     run: Run,
     name: str,
     model: nn.Module,     # on its device
     packed: PackedBLT | PackedLM,
     loader: PackedLoader,
-    steps: int,
     lr: float,
-    window: int,          # ids read together
     matmul: float,        # FLOP/s
-    bytes_per_id: float = 1.0, # of tokens, more
+    steps: int | None = None,   # None: as many as the training FLOPs of the running preset pay for
+    bytes_per_id: float = 1.0,  # of tokens, more
+    keep: bool = True,    # checkpoints
 ) -> None:
-    "Train, and note speed and memory."
-    if run.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
-    history = fit(model, loader, steps, lr, loss=packed.loss, checkpoint=run.folder / f"checkpoint-{name}", checkpoint_every=steps, title=name)
+    """Train, and note speed and memory.
+
+    Speed is the median over the intervals between the rows of `fit`'s history, a two-hundredth of the steps each. The first row, whose steps compile, begins the first interval and is in none."""
+    _, B, T = loader.ids.shape
+    work = work_per_byte(model, loader.means, T)
+    if steps is None: steps = max(1, round(preset("run").flops / (work * B * (T - 1))))
+    if run.fast: torch.cuda.reset_peak_memory_stats()
+    history = fit(model, loader, steps, lr, loss=packed.loss, checkpoint=run.folder / f"checkpoint-{name}" if keep else None, checkpoint_every=steps, title=name)
     history.to_csv(run.folder / f"history-{name}.csv", index=False)
     rates = (history.bytes.diff() / history.seconds.diff()).dropna()
     rate = float(rates.median()) if len(rates) else history.bytes.iloc[-1] / history.seconds.iloc[-1]
-    flops = work_per_byte(model, loader.means, window) * rate
     run.note(name, "parameters", sum(p.numel() for p in model.parameters() if p.requires_grad), "")
     run.note(name, "steps", steps, "")
     run.note(name, "training text", history.bytes.iloc[-1] * bytes_per_id, "bytes")
+    run.note(name, "training FLOPs", work * history.bytes.iloc[-1], "FLOP")
+    run.note(name, "forward pass for a byte", work / 3 / bytes_per_id / 1e6, "MFLOP")
     run.note(name, "training time", history.seconds.iloc[-1], "s")
+    run.note(name, "of it the first steps, which compile", history.seconds.iloc[0], "s")
     run.note(name, "training speed", rate * bytes_per_id, "bytes/s")
-    run.note(name, "training rate", flops / 1e12, "TFLOP/s")
-    run.note(name, "share of the matmul rate", flops / matmul, "")
-    if run.device.type == "cuda": run.note(name, "peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    run.note(name, "training rate", work * rate / 1e12, "TFLOP/s")
+    run.note(name, "share of the matmul rate", work * rate / matmul, "")
+    if run.fast: run.note(name, "peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
 
-# %% ../nbs/14_gpu.ipynb #14a00082
 def learn_tokens(
     texts: Sequence[str],
     vocab: int,
-    text_bytes: int, # encoded for training
-) -> tuple[str, np.ndarray, np.ndarray, float]: # tokenizer as JSON, ids and ends of the stream, bytes a token
+    limit: int, # characters that are encoded, more or less
+) -> dict: # tokenizer as JSON, ids and ends of the stream, bytes an id
     "The vocabulary is learned on 10 MB at most."
-    tokenizer, part = train_bpe(first_texts(texts, min(10_000_000, text_bytes)), vocab), first_texts(texts, text_bytes)
-    stream = TokenStream(part, tokenizer)
-    return tokenizer.to_str(), stream.ids, stream.ends, sum(len(text.encode()) for text in part) / (len(stream) - len(stream.ends))
+    part = first_texts(texts, limit)
+    tokenizer = train_bpe(first_texts(part, 10_000_000), vocab).to_str()
+    stream = TokenStream(part, Vocabulary(tokenizer))
+    return dict(tokenizer=tokenizer, ids=torch.from_numpy(stream.ids.astype(np.int32)), ends=torch.from_numpy(stream.ends),
+                bytes_per_id=sum(len(to_bytes(text)) + 1 for text in part) / len(stream))
 
 def write_speed(
     blt: BLT, # with its patchers, in bfloat16 or float32
@@ -999,114 +1024,247 @@ def write_speed(
         for t in range(before, len(ids)): state.push(ids[t:t + 1].to(device))
     return count / median_seconds(write, 1, device, warmup=0)
 
+# %% ../nbs/14_gpu.ipynb #14a00084
+class Bench:
+    "What the models of a run share: text, windows, the measured rate of matrix products."
+    def __init__(self,
+        run: Run,
+        keep: bool = True, # checkpoints of the models
+    ):
+        data, p = preset("data"), preset("run")
+        self.run, self.keep, self.shape = run, keep, (data.batch_size, data.window)
+        reading = read_corpora() if run.fast else []
+        self.matmul = run.stage("matmul", lambda: dict(rate=matmul_rate(run.device, 8192 if run.fast else 256)))["rate"]
+        run.note("machine", "matmul rate", self.matmul / 1e12, "TFLOP/s")
+        for process in reading: print(process.communicate()[0].strip())
+        self.valid = {name: valid_texts(name, p.valid_bytes) for name in EMBEDDED}
+        self.texts = training_texts(p.code)
+        means = [preset("blt").mean_patch, preset("stacked").mean_group]
+        with torch.device("meta"): # sizes only
+            costs = [work_per_byte(BLT(blt_config(), []), means[:1], data.window), work_per_byte(BLT(stacked_config(), []), means, data.window),
+                     work_per_byte(EntropyModel(byte_config()), [], data.window)]
+        steps = max(preset("entropy").steps, math.ceil(1.05 * p.flops / min(costs) / (data.batch_size * (data.window - 1))))
+        self.windows = windows_of(ByteStream(self.texts), data.window, steps * data.batch_size, run.device)
+        self.tokens = ThreadPoolExecutor(1).submit(learn_tokens, self.texts, preset("tokens").vocab, 2 * self.windows.numel()) # the tokenizer's own threads work beside the GPU
+
+    def score(self,
+        name: str, # in the table
+        model: nn.Module,
+        window: int,
+        vocabulary: Vocabulary | None = None, # of a model of tokens
+    ) -> None:
+        "Bits per byte on both corpora, of weights as they are saved."
+        for corpus, texts in self.valid.items(): self.run.note(name, f"bpb on {corpus}", score(round_bf16(model), texts, window, vocabulary).bpb, "bits/byte")
+
+    def plain(self) -> PackedLoader:
+        "Windows without cuts."
+        return PackedLoader(self.windows, [], self.shape[0])
+
+    def entropy_model(self) -> EntropyModel:
+        "Train what cuts the bytes."
+        run, p = self.run, preset("entropy")
+        def make():
+            torch.manual_seed(0)
+            model = EntropyModel(entropy_config()).to(run.device)
+            train(run, "entropy model", model, PackedLM(model, self.shape, run.fast), self.plain(), p.lr, self.matmul, p.steps, keep=self.keep)
+            self.score("entropy model", model, self.shape[1])
+            return model.state_dict()
+        state, model = run.stage("entropy model", make), EntropyModel(entropy_config()).to(run.device)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def patches(self,
+        entropy: EntropyModel,
+    ) -> tuple[list[Patcher], PackedLoader]:
+        "Cut the windows into patches of the running preset's mean length."
+        run, p = self.run, preset("blt")
+        def make():
+            starts, threshold = cut_bytes(PackedLM(entropy, self.shape, run.fast), self.windows, self.shape[0], p.mean_patch, p.max_patch)
+            return dict(starts=starts, threshold=threshold)
+        made = run.stage(f"patches of {p.mean_patch}", make)
+        return [EntropyPatcher(entropy, made["threshold"], max_length=p.max_patch)], PackedLoader(self.windows, [made["starts"].cpu().numpy()], self.shape[0])
+
+    def phrases(self,
+        name: str, # in the table, of the model that says how uncertain the next patch is
+        one: BLT,  # that model: one level, trained
+        loader: PackedLoader, # of its patches
+    ) -> tuple[list[Patcher], PackedLoader]:
+        "Cut the patches into second-order ones of the running preset's mean length."
+        run, p = self.run, preset("stacked")
+        def make():
+            packed = PackedBLT(one, self.shape, loader.slots, run.fast)
+            head = fit_head(packed, loader, min(24, len(loader.order)))
+            groups, threshold = cut_patches(packed, head, loader, p.mean_group, p.max_group)
+            return dict(starts=torch.from_numpy(np.concatenate(groups)), lengths=torch.tensor([len(row) for row in groups]), threshold=threshold) | head.state_dict(prefix="head.")
+        made = run.stage(f"second-order patches of {p.mean_group} by {name}", make)
+        head = SurprisalHead(one.config.latent.width, preset("head").hidden).to(run.device)
+        head.load_state_dict({key.removeprefix("head."): value for key, value in made.items() if key.startswith("head.")})
+        groups = np.split(made["starts"].cpu().numpy(), made["lengths"].cpu().numpy().cumsum()[:-1])
+        return [one.patchers[0], SurprisalPatcher(one.reader(), head, made["threshold"], max_length=p.max_group)], PackedLoader(self.windows, [*loader.cuts, groups], self.shape[0])
+
+    def blt(self,
+        name: str, # in the table
+        config: BLTConfig,
+        patchers: list[Patcher],
+        loader: PackedLoader,
+        lr: float,
+    ) -> BLT:
+        "Train a BLT of any depth."
+        run = self.run
+        def make():
+            torch.manual_seed(0)
+            model = BLT(config, patchers).to(run.device)
+            for level, mean in zip(("patch, bytes", "second-order patch, patches"), loader.means): run.note(name, f"mean length of a {level}", mean, "")
+            run.note(name, "cutting for a byte, counted nowhere else", cutting_flops(patchers, loader.means, self.shape[1]) / 1e6, "MFLOP")
+            train(run, name, model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, lr, self.matmul, keep=self.keep)
+            self.score(name, model, self.shape[1])
+            return model.state_dict()
+        state, model = run.stage(name, make), BLT(config, patchers).to(run.device)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def byte_level(self,
+        name: str, # in the table
+    ) -> None:
+        "Train the byte-level baseline."
+        run = self.run
+        def make():
+            torch.manual_seed(0)
+            model = EntropyModel(byte_config()).to(run.device)
+            train(run, name, model, PackedLM(model, self.shape, run.fast), self.plain(), preset("byte").lr, self.matmul, keep=self.keep)
+            self.score(name, model, self.shape[1])
+            return {}
+        run.stage(name, make)
+
+    def token_level(self,
+        name: str, # in the table
+    ) -> None:
+        "Train the BPE baseline."
+        run, p = self.run, preset("tokens")
+        made = run.stage("vocabulary", self.tokens.result)
+        vocabulary, window = Vocabulary(made["tokenizer"]), 1 + round((self.shape[1] - 1) / made["bytes_per_id"])
+        stream = TokenStream([], vocabulary)
+        stream.ids, stream.ends = made["ids"].cpu().numpy(), made["ends"].cpu().numpy()
+        def make():
+            torch.manual_seed(0)
+            model = TokenModel(TokenConfig(len(vocabulary), TransformerConfig(width=p.width, layers=p.layers, heads=p.heads))).to(run.device)
+            steps = math.ceil(preset("run").flops / work_per_byte(model, [], window) / (self.shape[0] * (window - 1)))
+            loader = PackedLoader(windows_of(stream, window, steps * self.shape[0], run.device), [], self.shape[0])
+            run.note(name, "bytes a token", made["bytes_per_id"], "bytes")
+            train(run, name, model, PackedLM(model, (self.shape[0], window), run.fast), loader, p.lr, self.matmul, bytes_per_id=made["bytes_per_id"], keep=self.keep)
+            self.score(name, model, window, vocabulary)
+            return {}
+        run.stage(name, make)
+
+    def large(self,
+        loader: PackedLoader, # of patches
+    ) -> None:
+        "Train a larger BLT for some steps, only to see how fast that is."
+        run, p = self.run, preset("run")
+        def make():
+            torch.manual_seed(0)
+            with torch.device(run.device): model = BLT(sized_config(**p.large), [])
+            train(run, "large, for speed only", model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, 1e-4, self.matmul, p.large_steps, keep=False)
+            return {}
+        run.stage("large", make)
+
+    def writing(self,
+        models: dict[str, BLT],
+    ) -> None:
+        "How fast they write."
+        run, before, count = self.run, self.shape[1] // 4, self.shape[1] // 8
+        def make():
+            text = "\n".join(self.valid["docs"])[:before + count]
+            for name, model in models.items(): run.note(name, "writing with caches", write_speed(model, text, count), "bytes/s")
+            return {}
+        run.stage("writing", make)
+
+    def beside(self) -> None:
+        "The comparison with `transformers`. Where it can't be made, the table says so."
+        run = self.run
+        sizes = {} if run.fast else dict(width=32, latent=64, latent_layers=2, decoder=2, window=32, rows=128, patcher=16, heads=16)
+        def make():
+            try: rows = beside_transformers(run.device, {512: 9, 2048: 7, 8192: 5} if run.fast else {96: 1}, {64: 64, 512: 64} if run.fast else {8: 4}, **sizes)
+            except Exception as error: # not installed, or of a version that we don't know
+                traceback.print_exc()
+                run.note("benchmark, theirs", f"not made, {type(error).__name__}: {str(error)[:200]}", math.nan, "")
+            else:
+                for row in rows:
+                    for who in ("ours", "theirs"): run.note(f"benchmark, {who}", row["what"], row[who], row["unit"])
+            return {}
+        run.stage("beside", make)
+
+# %% ../nbs/14_gpu.ipynb #14a00085
 def train_all(
     run: Run,
-) -> None:
-    "Every model at the same training FLOPs, scored on both corpora."
-    data, p, blt_p, two_p, device = preset("data"), preset("run"), preset("blt"), preset("stacked"), run.device
-    shape, on_gpu = (data.batch_size, data.window), device.type == "cuda"
-    reading = read_corpora() if on_gpu else []
-    rate = run.stage("matmul", lambda: matmul_rate(device, 8192 if on_gpu else 256))
-    run.note("machine", "matmul rate", rate / 1e12, "TFLOP/s")
-    for process in reading: print(process.communicate()[0].strip())
-    valid = {name: valid_texts(name, p.valid_bytes) for name in EMBEDDED}
-    means = [blt_p.mean_patch, two_p.mean_group]
-    each = {"one level": sum(flops_per_byte(blt_config(), means[:1], data.window).values()), "two levels": sum(flops_per_byte(stacked_config(), means, data.window).values()),
-            "byte-level": lm_flops_per_byte(byte_config(), data.window)}
-    steps = {name: max(1, round(p.flops / (3 * flops * shape[0] * (shape[1] - 1)))) for name, flops in each.items()}
-    texts = training_texts(p.code)
-    latent, tokens = blt_config().latent, data.window // 4
-    each["tokens"] = transformer_flops(latent, tokens) + 2.0 * latent.width * (p.vocab + OFFSET)
-    steps["tokens"] = max(1, round(p.flops / (3 * each["tokens"] * shape[0] * (tokens - 1))))
-    pool = ThreadPoolExecutor(1) # the tokenizer's own threads work beside the GPU
-    learned = None if (run.folder / "tokens.pt").is_file() else pool.submit(learn_tokens, texts, p.vocab, int(p.token_bytes * steps["tokens"] * shape[0] * tokens))
-    loader = Loader(texts, *shape[::-1])
-    windows = np.concatenate([loader.batch(i).numpy().astype(np.uint16) for i in range(max(steps["one level"], steps["two levels"], steps["byte-level"]))])
-    bytes_only = PackedLoader(windows, [], shape[0], device)
+) -> bool: # did all go well?
+    "Every model at the same training FLOPs, scored on both corpora, and what else is measured. An error ends what builds on the part that has it, and nothing else."
+    bench, fine = Bench(run), True
+    patchers, patched = bench.patches(bench.entropy_model())
+    models = {}
+    def levels():
+        models["one level"] = bench.blt("one level", blt_config(), patchers, patched, preset("blt").lr)
+        models["two levels"] = bench.blt("two levels", stacked_config(), *bench.phrases("one level", models["one level"], patched), preset("stacked").lr)
+    for part in (levels, lambda: bench.token_level("tokens"), lambda: bench.large(patched), lambda: bench.byte_level("byte-level"), lambda: bench.writing(models), bench.beside):
+        try: part()
+        except TimeoutError: raise
+        except Exception:
+            traceback.print_exc()
+            fine = False
+    return fine
 
-    def score(name, model):
-        for corpus, found in valid.items():
-            run.note(name, f"bpb on {corpus}", bits_per_byte(round_bf16(model), found, data.window, p.valid_batch), "bits/byte")
+# %% ../nbs/14_gpu.ipynb #14a00087
+@contextlib.contextmanager
+def changed(
+    row: str, # of `PRESETS`
+    **sizes,  # that it has
+) -> Iterator[None]:
+    "In this context the running preset has other sizes. `ValueError` for a row or size that it hasn't."
+    rows = PRESETS[preset_name()]
+    if row not in rows: raise ValueError(f"{row!r} is no row of the preset; take one of {', '.join(rows)}")
+    for name in sizes:
+        if name not in rows[row]: raise ValueError(f"row {row!r} has no {name!r}; it has {', '.join(rows[row])}")
+    before = rows[row]
+    rows[row] = before | sizes
+    try: yield
+    finally: rows[row] = before
 
-    def entropy_stage():
-        torch.manual_seed(0)
-        e, model = preset("entropy"), EntropyModel(entropy_config()).to(device)
-        train(run, "entropy model", model, PackedLM(model, shape, on_gpu), bytes_only, e.steps, e.lr, data.window, rate)
-        score("entropy model", model)
-        return model.cpu().state_dict()
-    entropy = EntropyModel(entropy_config())
-    entropy.load_state_dict(run.stage("entropy", entropy_stage))
-    entropy.to(device).eval()
+def variant(
+    text: str, # as "blt lr=4e-3 latent_layers=6"
+) -> tuple[str, dict]: # row and sizes
+    "`ValueError` for what is not JSON after an equals sign."
+    row, *changes = text.split()
+    return row, {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes)}
 
-    starts, threshold = run.stage("cuts-1", lambda: cut_bytes(PackedLM(entropy, shape, on_gpu), windows, shape[0], means[0], blt_p.max_patch))
-    patched = PackedLoader(windows, [starts], shape[0], device)
-    run.note("entropy model", "threshold", threshold, "nats")
-    run.note("one level", "mean patch", patched.means[0], "bytes")
-
-    def blt_stage(name, config, patchers, loader, lr):
-        torch.manual_seed(0)
-        model = BLT(config, patchers).to(device)
-        train(run, name, model, PackedBLT(model, shape, loader.slots, on_gpu), loader, steps[name], lr, data.window, rate)
-        score(name, model)
-        return model.cpu().state_dict()
-    cutter = EntropyPatcher(entropy, threshold, max_length=blt_p.max_patch)
-    one_state = run.stage("one", lambda: blt_stage("one level", blt_config(), [cutter], patched, blt_p.lr))
-
-    def second_cuts():
-        one = BLT(blt_config(), [cutter])
-        one.load_state_dict(one_state)
-        packed = PackedBLT(one.to(device).eval(), shape, patched.slots, on_gpu)
-        head = fit_head(packed, patched, min(24, len(patched.order)))
-        groups, threshold = cut_patches(packed, head, patched, means[1], two_p.max_group)
-        return groups, threshold, head.cpu().state_dict()
-    groups, second_threshold, head_state = run.stage("cuts-2", second_cuts)
-    twice = PackedLoader(windows, [starts, groups], shape[0], device)
-    run.note("two levels", "mean group", twice.means[1], "patches")
-
-    def cutters():
-        one = BLT(blt_config(), [cutter])
-        one.load_state_dict(one_state)
-        head = SurprisalHead(latent.width, preset("head").hidden)
-        head.load_state_dict(head_state)
-        return [cutter, SurprisalPatcher(one.reader(), head, second_threshold, max_length=two_p.max_group)]
-    two_state = run.stage("two", lambda: blt_stage("two levels", stacked_config(), cutters(), twice, two_p.lr))
-
-    tokenizer_text, ids, ends, token_bytes = run.stage("tokens", lambda: learned.result())
-    def token_stage():
-        torch.manual_seed(0)
-        model, stream = TokenModel(latent, p.vocab + OFFSET).to(device), object.__new__(TokenStream)
-        stream.ids, stream.ends = ids, ends
-        loader = Loader(stream, tokens, shape[0])
-        windows = np.concatenate([loader.batch(i).numpy().astype(np.uint16) for i in range(min(steps["tokens"], loader.steps_per_epoch))])
-        packed = PackedLM(model, (shape[0], tokens), on_gpu)
-        train(run, "tokens", model, packed, PackedLoader(windows, [], shape[0], device), steps["tokens"], blt_p.lr, tokens, rate, token_bytes)
-        for corpus, found in valid.items():
-            run.note("tokens", f"bpb on {corpus}", token_bits_per_byte(round_bf16(model), found, Tokenizer.from_str(tokenizer_text), tokens, p.valid_batch), "bits/byte")
-        return True
-    run.note("tokens", "bytes a token", token_bytes, "bytes")
-    run.stage("token-model", token_stage)
-
-    def byte_stage():
-        torch.manual_seed(0)
-        model = EntropyModel(byte_config()).to(device)
-        train(run, "byte-level", model, PackedLM(model, shape, on_gpu), bytes_only, steps["byte-level"], preset("byte").lr, data.window, rate)
-        score("byte-level", model)
-        return True
-    run.stage("byte", byte_stage)
-
-    def writing():
-        before, count = data.window // 4, data.window // 8
-        for name, config, patchers, state in (("one level", blt_config(), [cutter], one_state), ("two levels", stacked_config(), cutters(), two_state)):
-            model = BLT(config, patchers)
-            model.load_state_dict(state)
-            run.note(name, "writing with caches", write_speed(model.to(device).eval(), "\n".join(valid["docs"])[:before + count], count), "bytes/s")
-        return True
-    run.stage("writing", writing)
-    sizes = {} if on_gpu else dict(width=32, latent=64, latent_layers=2, decoder=2, window=32, rows=128, patcher=16, heads=16)
-    beside = run.stage("beside", lambda: beside_transformers(device, {512: 9, 2048: 7, 8192: 5} if on_gpu else {96: 1}, {64: 64, 512: 64} if on_gpu else {8: 4}, **sizes))
-    for row in beside:
-        for who in ("ours", "theirs"): run.note(f"benchmark, {who}", f"{row['what']}, T = {row['T']}", row[who], "bytes/s")
-    for name, flops in each.items(): run.note(name, "training FLOPs", 3 * flops * steps[name] * shape[0] * ((tokens if name == "tokens" else data.window) - 1), "FLOP")
+def sweep(
+    run: Run,
+    variants: Sequence[str], # see `variant`; rows "blt", "stacked", "tokens" and "byte"
+) -> bool: # did all go well?
+    "Train variants at the running budget, each named as it is written. One that diverges has no bpb."
+    for text in variants: # a slip shows before anything is trained
+        row, sizes = variant(text)
+        if row not in ("blt", "stacked", "tokens", "byte"): raise ValueError(f"there are no variants of {row!r}; take blt, stacked, tokens or byte")
+        with changed(row, **sizes): pass
+    rows = [variant(text)[0] for text in variants]
+    if "stacked" in rows and "blt" not in rows[:rows.index("stacked")]: raise ValueError("a 'stacked' variant needs a 'blt' variant before it")
+    bench, trained = Bench(run, keep=False), () # trained: what `phrases` takes
+    entropy, fine = bench.entropy_model(), True
+    for text in variants:
+        row, sizes = variant(text)
+        with changed(row, **sizes):
+            try:
+                if row == "blt":
+                    patchers, loader = bench.patches(entropy)
+                    trained = text, bench.blt(text, blt_config(), patchers, loader, preset("blt").lr), loader
+                elif row == "stacked":
+                    patchers, twice = bench.phrases(*trained)
+                    bench.blt(text, stacked_config(), patchers, twice, preset("stacked").lr)
+                elif row == "tokens": bench.token_level(text)
+                else: bench.byte_level(text)
+            except FloatingPointError as error:
+                print(f"{text}: {error}", flush=True)
+                fine = False
+    return fine
 
 # %% ../nbs/14_gpu.ipynb #14a00090
 def main(
@@ -1115,19 +1273,22 @@ def main(
     "`python -m blt_nb.gpu`."
     parser = argparse.ArgumentParser(prog="python -m blt_nb.gpu", description="Train all models of the preset on one GPU (BLT_PRESET, gpu if it isn't set), or check and measure there.")
     parser.add_argument("--check", action="store_true", help="only compare and measure")
+    parser.add_argument("--sweep", nargs="+", metavar="VARIANT", help="train these variants instead, for example: blt 'blt lr=4e-3' tokens")
+    parser.add_argument("--flops", type=float, help="training FLOPs of each model, in place of the preset's")
     parser.add_argument("--folder", type=Path, default=data_dir() / "cache" / "gpu", help="for checkpoints and logs; a run that was cut goes on from here")
     parser.add_argument("--table", type=Path, default=data_dir() / "results" / "gpu.csv", help="where the results go")
     parser.add_argument("--limit", type=float, default=540, help="seconds, after which nothing new is begun")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.check: return 0 if check(given.folder, given.limit) else 1
-    run, code = Run(given.folder, given.limit), 0
-    try: train_all(run)
-    except TimeoutError as error: print(error); code = 1
-    finally: # after an error too: what was measured before it holds
-        given.table.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(run.rows).assign(preset=preset_name(), hardware=hardware(), torch=torch.__version__).to_csv(given.table, index=False)
-    return code
+    run = Run(given.folder, given.limit, given.table)
+    try:
+        with changed("run", **({} if given.flops is None else dict(flops=given.flops))): fine = sweep(run, given.sweep) if given.sweep else train_all(run)
+    except TimeoutError as error:
+        print(error)
+        return 1
+    finally: run.write()
+    return 0 if fine else 1
 
 if __name__ == "__main__" and Path(sys.argv[0]).name == "gpu.py":
     os.environ.setdefault("BLT_PRESET", "gpu")

@@ -664,9 +664,10 @@ PRESETS = {
         "blt": dict(width=32, heads=2, attention=64, encoder_layers=1, decoder_layers=1, latent_width=64, latent_layers=2, latent_heads=2,
                     ngram_sizes=(3, 4, 5), ngram_rows=2048, ngram_width=16, mean_patch=4.5, max_patch=24, steps=120, lr=8e-3),
         "byte": dict(width=64, layers=1, heads=2, lr=8e-3),
+        "tokens": dict(width=64, layers=2, heads=2, vocab=512, lr=8e-3), # this row and "run": see notebook 14
         "head": dict(hidden=32, steps=40, lr=3e-3),
         "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=64, latent_layers=1, latent_heads=2, mean_group=4.5, max_group=16, lr=8e-3),
-        "run": dict(flops=1e10, code=100_000, vocab=512, token_bytes=4, valid_bytes=2000, valid_batch=4), # see notebook 14
+        "run": dict(flops=1e10, code=100_000, valid_bytes=2000, large=dict(width=64, latent_width=128, latent_layers=1, decoder_layers=1, attention=64), large_steps=2),
     },
     "laptop": {
         "data": dict(window=512, batch_size=8, valid_documents=None),
@@ -674,19 +675,21 @@ PRESETS = {
         "blt": dict(width=128, heads=2, attention=256, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=3, latent_heads=4,
                     ngram_sizes=(2, 3, 4, 5, 6, 8), ngram_rows=4096, ngram_width=64, mean_patch=4.5, max_patch=24, steps=2300, lr=5e-3),
         "byte": dict(width=192, layers=4, heads=3, lr=2e-3),
+        "tokens": dict(width=256, layers=3, heads=4, vocab=4096, lr=5e-3),
         "head": dict(hidden=128, steps=500, lr=2e-3),
         "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=2, latent_heads=4, mean_group=4.5, max_group=16, lr=5e-3),
-        "run": dict(flops=7e13, code=8_000_000, vocab=4096, token_bytes=5, valid_bytes=100_000, valid_batch=16),
+        "run": dict(flops=7e13, code=8_000_000, valid_bytes=100_000, large=dict(width=256, latent_width=512, latent_layers=4, decoder_layers=1, attention=256), large_steps=10),
     },
     "gpu": {
-        "data": dict(window=2048, batch_size=32, valid_documents=None),
-        "entropy": dict(width=512, layers=6, heads=8, attention=512, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=700, lr=1.5e-3),
-        "blt": dict(width=512, heads=8, attention=512, encoder_layers=1, decoder_layers=4, latent_width=1024, latent_layers=12, latent_heads=16,
-                    ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=65536, ngram_width=64, mean_patch=4.5, max_patch=64, steps=4000, lr=1.2e-3),
-        "byte": dict(width=768, layers=12, heads=12, lr=1e-3),
-        "head": dict(hidden=1024, steps=500, lr=1e-3),
-        "stacked": dict(encoder_layers=4, decoder_layers=4, latent_width=1024, latent_layers=8, latent_heads=16, mean_group=4.5, max_group=32, lr=1.2e-3),
-        "run": dict(flops=1.1e16, code=36_000_000, vocab=8192, token_bytes=5, valid_bytes=300_000, valid_batch=64),
+        "data": dict(window=2048, batch_size=48, valid_documents=None),
+        "entropy": dict(width=256, layers=2, heads=4, attention=256, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=65536, ngram_width=64, steps=600, lr=2.5e-3),
+        "blt": dict(width=256, heads=4, attention=256, encoder_layers=1, decoder_layers=2, latent_width=512, latent_layers=8, latent_heads=8,
+                    ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=262144, ngram_width=64, mean_patch=6, max_patch=64, steps=4000, lr=2.5e-3),
+        "byte": dict(width=384, layers=6, heads=6, lr=2e-3),
+        "tokens": dict(width=512, layers=8, heads=8, vocab=8192, lr=2e-3),
+        "head": dict(hidden=256, steps=500, lr=1e-3),
+        "stacked": dict(encoder_layers=3, decoder_layers=3, latent_width=512, latent_layers=6, latent_heads=8, mean_group=4.5, max_group=32, lr=2.5e-3),
+        "run": dict(flops=1.1e16, code=120_000_000, valid_bytes=300_000, large=dict(width=768, latent_width=1536, latent_layers=16, decoder_layers=3, attention=512), large_steps=40),
     },
 }
 
@@ -717,7 +720,7 @@ def preset_name() -> str: # "ci", "laptop" or "gpu"
     return name
 
 def preset(
-    stage: str, # a row of `PRESETS`: "data", "entropy", "blt", "byte", "head" or "stacked"
+    stage: str, # a row of `PRESETS`: "data", "entropy", "blt", "byte", "tokens", "head", "stacked" or "run"
 ) -> SimpleNamespace: # its sizes as attributes
     "Sizes and steps of a stage at the running preset. `ValueError` for an unknown one."
     rows = PRESETS[preset_name()]
