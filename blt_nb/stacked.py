@@ -90,11 +90,11 @@ def train_surprisal_head(
     targets = torch.cat(targets)
     head.mean.copy_(targets.mean())
     head.std.copy_(targets.std())
-    def loss(head, ids, patches):
+    def loss(model, ids, patches):
         with torch.no_grad():
             target, complete = next_patch_entropies(blt(ids, patches), patches)
             states = blt.states(ids, patches)
-        error = (head(states) - target) / head.std
+        error = (model(states) - target) / head.std
         return error[complete].square().mean() * math.log(2) # `fit` shows losses over ln 2
     history = fit(head, loader, steps, lr, loss=loss, weight_decay=0.01, title="surprisal head")
     return head, history.rename(columns={"loss": "squared error"}).drop(columns="valid")
