@@ -188,7 +188,7 @@ def train_series(
     """Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes, or if several processes are to share standard input.
 
     `RuntimeError` where another of several processes has died."""
-    folder, corpus, we, options = Path(args.out), args.corpus, processes(), dict(shard=args.shard)
+    folder, corpus, we, options = Path(args.out), args.corpus, processes(), dict(accumulate=args.accumulate, recompute=args.recompute, compile=args.compile, shard=args.shard)
     if we.num_processes > 1 and corpus == "-": raise ValueError(f"{we.num_processes} processes can't share standard input; write the text to a file for --corpus")
     with tempfile.TemporaryDirectory() as aside: # nothing in the folder changes before we know that it fits
         if args.corpus == "-":
@@ -224,6 +224,9 @@ def blt_train(
     parser.add_argument("--out", required=True, help="folder for the models and their results; made if it isn't there")
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="sizes and steps (default: laptop)")
     parser.add_argument("--column", default="text", help="column that holds the text, where there are columns (default: text)")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch that are computed one after the other, to save memory (default: 1)")
+    parser.add_argument("--recompute", action="store_true", help="compute the inside of transformer blocks twice, to save memory")
+    parser.add_argument("--compile", action="store_true", help="compile transformer blocks: pays in long runs, and needs a C++ compiler on a CPU")
     parser.add_argument("--shard", action="store_true", help="of several processes (see torchrun) each keeps only a share of weights, gradients and moments: for models that don't fit one GPU")
     return run_command(parser, train_series, arguments)
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FILES', 'PRESETS', 'SERIES', 'UPSTREAM', 'SIZES', 'next_id_loss', 'lr_factor', 'param_groups', 'processes',
-           'agreed', 'my_part', 'fast_precision', 'hardware', 'autocast', 'plot_history', 'LivePlot', 'flush',
-           'replace_folder', 'check_tensors', 'random_states', 'set_random_states', 'spread', 'whole', 'spread_like',
-           'sha256', 'parameter_names', 'save_checkpoint', 'verify_checkpoint', 'load_checkpoint', 'checkpoints', 'Run',
-           'HeldSignals', 'move', 'watch', 'where_from', 'fit', 'bits_per_byte', 'check_fields', 'config_from_json',
-           'read_json', 'tensor_shapes', 'no_larger_than', 'Pretrained', 'Series', 'series', 'preset_name', 'preset',
-           'load_splits', 'folder_of', 'stage_identity', 'work_folder', 'unfinished', 'round_bf16', 'save_stage',
-           'record_result', 'results', 'stage_history', 'why_train', 'load_or_train']
+           'agreed', 'my_part', 'fast_precision', 'hardware', 'autocast', 'running_blocks', 'plot_history', 'LivePlot',
+           'flush', 'replace_folder', 'check_tensors', 'random_states', 'set_random_states', 'trained_blocks', 'spread',
+           'whole', 'spread_like', 'sha256', 'parameter_names', 'save_checkpoint', 'verify_checkpoint',
+           'load_checkpoint', 'checkpoints', 'Run', 'HeldSignals', 'move', 'watch', 'where_from', 'fit',
+           'bits_per_byte', 'check_fields', 'config_from_json', 'read_json', 'tensor_shapes', 'no_larger_than',
+           'Pretrained', 'Series', 'series', 'preset_name', 'preset', 'load_splits', 'folder_of', 'stage_identity',
+           'work_folder', 'unfinished', 'round_bf16', 'save_stage', 'record_result', 'results', 'stage_history',
+           'why_train', 'load_or_train']
 
 # %% ../nbs/03_training.ipynb #c9ff2d19
 import contextlib, copy, functools, hashlib, json, math, os, platform, random, re, shutil, signal, tempfile, threading, time
@@ -26,6 +27,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
@@ -119,6 +121,22 @@ def autocast(
     precision = fast_precision() if precision is None else precision
     if precision not in ("bf16", "no"): raise ValueError(f"precision is {precision!r}; take 'bf16' or 'no', or None for what is fast here")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+# %% ../nbs/03_training.ipynb #93543f07
+@contextlib.contextmanager
+def running_blocks(
+    model: nn.Module,
+    recompute: bool, # keep only what goes into a block for the backward pass, see `torch.utils.checkpoint`
+    compile: bool,   # with `torch.compile`
+) -> Iterator[None]:
+    "In this context the trained blocks of a model run like this."
+    blocks = trained_blocks(model)
+    for block in blocks:
+        if compile: block.forward = torch.compile(block.forward)
+        if recompute: block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    try: yield
+    finally:
+        for block in blocks: block.__dict__.pop("forward", None)
 
 # %% ../nbs/03_training.ipynb #e31ac9ff
 def plot_history(
@@ -241,6 +259,12 @@ def set_random_states(
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([from_hex(text) for text in states["cuda"]])
 
 # %% ../nbs/03_training.ipynb #8b2a343e
+def trained_blocks(
+    model: nn.Module,
+) -> list[Block]: # without those of frozen parts
+    "Where most of a model's weights and work are."
+    return [module for module in model.modules() if isinstance(module, Block) and any(p.requires_grad for p in module.parameters())]
+
 def spread(
     model: nn.Module,     # stays where it is, except for what is frozen
     device: torch.device, # of this process
@@ -249,8 +273,7 @@ def spread(
     frozen = [module for module in model.modules() if not any(p.requires_grad for p in module.parameters())]
     for module in frozen: module.to(device)
     copied, mesh = copy.deepcopy(model, {id(module): module for module in frozen}), init_device_mesh(device.type, (processes().num_processes,))
-    blocks = [module for module in copied.modules() if isinstance(module, Block) and module not in frozen]
-    for module in [*blocks, copied]: fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in module.parameters() if not p.requires_grad})
+    for module in [*trained_blocks(copied), copied]: fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in module.parameters() if not p.requires_grad})
     return copied
 
 def whole(
@@ -497,6 +520,9 @@ def fit(
     fall_back: bool = False,    # if the newest checkpoint is damaged, set it aside and resume from the one before
     title: str = "training",    # beside the progress bar
     loss: Callable | None = None, # loss(model, *batch) -> scalar in nats, a mean in which all rows weigh the same; None: `next_id_loss` of the logits
+    accumulate: int = 1,        # parts of a batch that are computed one after the other
+    recompute: bool = False,    # compute the inside of blocks twice and don't keep it, see `running_blocks`
+    compile: bool = False,      # compile blocks, see `running_blocks`
     shard: bool = False,        # spread weights, gradients and moments over the processes, see `spread`; alone there is nothing to spread
 ) -> pd.DataFrame: # a row each few steps: step, seconds, bytes, loss and valid in bits per byte, lr, grad_norm
     """Train in place with AdamW(0.9, 0.95), warm-up, cosine and clipping, on whatever device `accelerate` finds; the model stays there.
@@ -507,7 +533,7 @@ def fit(
     With a folder for checkpoints, Ctrl-C and SIGTERM save one after the running step before they take effect. `FloatingPointError` when loss or gradient
     isn't finite (the weights are then those before that step, and no checkpoint is written), `ValueError` for numbers below 1, for a damaged
     checkpoint, or one of a run with other settings or other data. Other errors as in `Run` and `save_checkpoint`."""
-    for name, value in (("steps", steps), ("valid_every", valid_every), ("checkpoint_every", checkpoint_every)):
+    for name, value in (("steps", steps), ("valid_every", valid_every), ("checkpoint_every", checkpoint_every), ("accumulate", accumulate)):
         if value < 1: raise ValueError(f"{name} is {value}; it must be at least 1")
     if loss is None: loss = lambda model, ids, *rest: next_id_loss(model(ids, *rest), ids)
     warmup = min(warmup, steps // 4)
@@ -515,8 +541,8 @@ def fit(
     plan |= {f"data {name}": value for name, value in getattr(loader, "identity", {}).items()}
     processes()
     accelerator = Accelerator()
-    part, parts = my_part()
-    shard = shard and parts > 1
+    number, count = my_part()
+    shard, parts = shard and count > 1, count * accumulate
     trained = spread(model, accelerator.device) if shard else model
     optimiser = torch.optim.AdamW(param_groups(trained, weight_decay), lr=lr, betas=(0.9, 0.95), fused=accelerator.device.type != "mps")
     step, rows, spent, seen = 0, [], 0.0, 0
@@ -535,17 +561,22 @@ def fit(
         every, was_training = max(1, steps // 200), model.training
         live, bar = LivePlot(title), tqdm(total=steps, initial=step, desc=title, leave=False, mininterval=1.0, delay=1.0, disable=not accelerator.is_main_process)
         if run.folder is not None: held = stack.enter_context(HeldSignals())
+        stack.enter_context(running_blocks(trained, recompute, compile))
         trained.train()
         start = time.perf_counter() - spent
         try:
             while step < steps:
-                batch = loader.batch(step) if parts == 1 else loader.batch(step, part, parts)
-                batch = move(batch if isinstance(batch, tuple) else (batch,), accelerator.device)
                 for group in optimiser.param_groups: group["lr"] = lr * lr_factor(step, steps, warmup)
-                with autocast(accelerator.device, precision): value = loss(prepared, *batch)
-                accelerator.backward(value)
+                value = 0.0
+                for i in range(accumulate):
+                    batch = loader.batch(step) if parts == 1 else loader.batch(step, number * accumulate + i, parts)
+                    batch = move(batch if isinstance(batch, tuple) else (batch,), accelerator.device)
+                    with accelerator.no_sync(prepared) if i + 1 < accumulate else contextlib.nullcontext(): # the last part sends gradients to other processes
+                        with autocast(accelerator.device, precision): share = loss(prepared, *batch) / accumulate
+                        accelerator.backward(share)
+                    value = value + share.detach()
                 norm = whole(accelerator.clip_grad_norm_(trained.parameters(), clip))
-                value = accelerator.reduce(value.detach(), "mean")
+                value = accelerator.reduce(value, "mean")
                 if not torch.isfinite(value + norm):
                     raise FloatingPointError(f"the loss is {value.item()} and the norm of its gradient {norm.item()} at step {step}{where_from(loader, step)}. "
                                              f"{'There is no checkpoint' if run.last is None else f'The last good checkpoint is {run.last}'}. A smaller learning rate than {lr} may help")
@@ -562,7 +593,7 @@ def fit(
                     bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", refresh=False)
                 if run.folder is not None:
                     stop = held.number or 0
-                    if parts > 1: stop = accelerator.reduce(torch.tensor(stop, device=accelerator.device), "max").item() # one interrupted, all interrupted
+                    if count > 1: stop = accelerator.reduce(torch.tensor(stop, device=accelerator.device), "max").item() # one interrupted, all interrupted
                     if stop or step % checkpoint_every == 0 or step == steps:
                         path = run.save(trained, optimiser, dict(step=step, history=rows, seconds=paused - start, bytes=seen, plan=plan))
                     if stop:
