@@ -25,7 +25,7 @@ from .entropy import EntropyModel, get_entropy_model
 from .generation import generate, stream_text
 from .model import BLT, BLTConfig, get_blt
 from .stacked import get_stacked
-from .training import PRESETS, Series, autocast, bits_per_byte, next_id_loss, series, why_train
+from .training import PRESETS, Series, autocast, bits_per_byte, next_id_loss, processes, series, why_train
 from .widgets import byte_spans, show_patches
 
 # %% ../nbs/13_scaling.ipynb #37b1476b
@@ -185,8 +185,11 @@ def parser_of(
 def train_series(
     args: argparse.Namespace, # of `blt_train`
 ) -> None:
-    "Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes."
-    folder, corpus = Path(args.out), args.corpus
+    """Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes, or if several processes are to share standard input.
+
+    `RuntimeError` where another of several processes has died."""
+    folder, corpus, we, options = Path(args.out), args.corpus, processes(), dict(accumulate=args.accumulate, recompute=args.recompute, compile=args.compile, shard=args.shard)
+    if we.num_processes > 1 and corpus == "-": raise ValueError(f"{we.num_processes} processes can't share standard input; write the text to a file for --corpus")
     with tempfile.TemporaryDirectory() as aside: # nothing in the folder changes before we know that it fits
         if args.corpus == "-":
             corpus = Path(aside) / "corpus.txt"
@@ -198,10 +201,16 @@ def train_series(
         if args.corpus == "-":
             folder.mkdir(parents=True, exist_ok=True)
             corpus = Path(shutil.move(corpus, folder / "corpus.txt"))
-    with series(Series(args.preset, corpus, args.column, folder)):
+    with series(Series(args.preset, corpus, args.column, folder, options)):
         for stage, get in STAGES.items():
-            with contextlib.redirect_stdout(sys.stderr): get()
-            emit(**json.loads((folder / stage / "training.json").read_text())["result"])
+            try:
+                with contextlib.redirect_stdout(sys.stderr if we.is_main_process else io.StringIO()): get()
+            except RuntimeError as error:
+                if we.num_processes == 1: raise
+                raise RuntimeError(f"process {we.process_index} of {we.num_processes} stops, perhaps because another one has died: then torchrun names that one below. "
+                                   f"Started again, the same command goes on from the last checkpoint. The error here: {error}") from error
+            if we.is_main_process: emit(**json.loads((folder / stage / "training.json").read_text())["result"])
+    we.destroy_process_group()
 
 def blt_train(
     arguments: Sequence[str] | None = None, # None: those of the process
@@ -209,11 +218,16 @@ def blt_train(
     "The command `blt_train`: every stage of the series on someone's own text."
     parser = parser_of("blt_train", "Train an entropy model, a BLT and a BLT with second-order patches on your text. Each becomes a folder below OUT (entropy, blt-1, blt-2), "
         "and a line of JSON when it is done. Interrupted, the same command goes on where it was.",
-        "  blt_train --corpus notes.txt --out notes-blt\n  blt_train --preset gpu --corpus rows.parquet --column body --out rows-blt\n  cat *.md | blt_train --preset ci --corpus - --out toy")
+        "  blt_train --corpus notes.txt --out notes-blt\n  blt_train --preset gpu --corpus rows.parquet --column body --out rows-blt\n  cat *.md | blt_train --preset ci --corpus - --out toy\n"
+        "  torchrun --nproc-per-node 8 --no-python blt_train --preset gpu --corpus rows.parquet --out rows-blt --shard")
     parser.add_argument("--corpus", required=True, help="a text, JSON-lines or Parquet file, a folder of them, a Hub dataset id, 'docs' or 'code'; '-' for text on standard input")
     parser.add_argument("--out", required=True, help="folder for the models and their results; made if it isn't there")
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="sizes and steps (default: laptop)")
     parser.add_argument("--column", default="text", help="column that holds the text, where there are columns (default: text)")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch that are computed one after the other, to save memory (default: 1)")
+    parser.add_argument("--recompute", action="store_true", help="compute the inside of transformer blocks twice, to save memory")
+    parser.add_argument("--compile", action="store_true", help="compile transformer blocks: pays in long runs, and needs a C++ compiler on a CPU")
+    parser.add_argument("--shard", action="store_true", help="of several processes (see torchrun) each keeps only a share of weights, gradients and moments: for models that don't fit one GPU")
     return run_command(parser, train_series, arguments)
 
 # %% ../nbs/13_scaling.ipynb #1ac91f16

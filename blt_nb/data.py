@@ -9,8 +9,8 @@ __all__ = ['BOE_ID', 'BOS_ID', 'EOS_ID', 'PAD_ID', 'OFFSET', 'VOCAB_SIZE', 'SPLI
            'stdlib_files', 'package_files', 'docstrings', 'read_topics', 'read_utf8', 'read_docs', 'read_code',
            'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'corpus_files', 'load_embedded', 'find_files',
            'split_names', 'cut_text', 'load_text_files', 'load_rows', 'load_hub', 'read_rows', 'load_corpus',
-           'named_documents', 'documents', 'compressed_bpb', 'ByteStream', 'Loader', 'eval_spans', 'eval_windows',
-           'eval_batches', 'load_passages']
+           'named_documents', 'documents', 'compressed_bpb', 'ByteStream', 'part_of', 'Loader', 'eval_spans',
+           'eval_windows', 'eval_batches', 'load_passages']
 
 # %% ../nbs/01_data.ipynb #c37dc77f
 import ast, configparser, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, os, re, sys, sysconfig, tempfile, warnings
@@ -498,6 +498,15 @@ class ByteStream:
         return len(self) // (window - 1)
 
 # %% ../nbs/01_data.ipynb #20f6852a
+def part_of(
+    rows: int,  # of a batch
+    part: int,  # from 0
+    parts: int, # as many of equal size
+) -> slice: # its rows, which lie next to each other
+    "What one of several gets when they share a batch. `ValueError` if it can't be dealt out evenly."
+    if rows % parts: raise ValueError(f"{rows} rows can't be dealt out evenly to {parts} (processes, times steps of accumulation); take a batch_size that {parts} divides")
+    return slice(part * rows // parts, (part + 1) * rows // parts)
+
 class Loader:
     """Batches of windows of a corpus, the same for the same seed, any step at once.
 
@@ -546,11 +555,14 @@ class Loader:
         return (starts[:, None] + np.arange(self.window - 1)) % len(self.stream)
 
     def batch(self,
-        step: int, # from 0, also beyond the first epoch
-    ) -> Tensor: # (B, T) int64 ids, column 0 is BOS
-        "The batch of a step, a function of seed and step alone."
-        ids = np.full((self.batch_size, self.window), BOS_ID, dtype=np.int64)
-        ids[:, 1:] = self.stream.ids[self.places(step)]
+        step: int,      # from 0, also beyond the first epoch
+        part: int = 0,  # of the batch, see `part_of`
+        parts: int = 1,
+    ) -> Tensor: # (B / parts, T) int64 ids, column 0 is BOS
+        "The batch of a step, a function of seed and step alone, or a part of it. Errors as in `part_of`."
+        places = self.places(step)[part_of(self.batch_size, part, parts)]
+        ids = np.full((len(places), self.window), BOS_ID, dtype=np.int64)
+        ids[:, 1:] = self.stream.ids[places]
         return torch.from_numpy(ids)
 
     def sources(self,

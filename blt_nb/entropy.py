@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import OFFSET, VOCAB_SIZE, Loader, check_ids
-from .training import Pretrained, bits_per_byte, fit, load_or_train, load_splits, preset, round_bf16, save_stage, unfinished
+from .training import SERIES, Pretrained, bits_per_byte, fit, load_or_train, load_splits, my_part, preset, round_bf16, save_stage, unfinished
 from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, init_linear
 
 # %% ../nbs/04_entropy.ipynb #1f4e4a8e
@@ -163,7 +163,7 @@ def train_entropy_model(
     model = EntropyModel(entropy_config())
     watched = Loader(valid, data.window, data.batch_size)
     history = fit(model, Loader(train, data.window, data.batch_size, seed), p.steps, p.lr, title="entropy model",
-                  valid=[watched.batch(i) for i in range(min(8, watched.steps_per_epoch))], checkpoint=unfinished("entropy", seed))
+                  valid=[watched.batch(i, *my_part()) for i in range(min(8, watched.steps_per_epoch))], checkpoint=unfinished("entropy", seed), **SERIES.get().options)
     bpb = bits_per_byte(round_bf16(model), valid, data.window)
     save_stage("entropy", model, history, seed=seed, bpb=bpb)
     return model.eval(), history

@@ -123,9 +123,9 @@ def train_surprisal_head(
     seen = torch.cat(seen, 1)
     head.mean.copy_(seen.mean(1))
     head.std.copy_(seen.std(1))
-    def loss(head, ids, patches):
+    def loss(model, ids, patches):
         known, logits, target, complete = read(ids, patches)
-        error = (head(known, logits) - target) / head.std[0]
+        error = (model(known, logits) - target) / head.std[0]
         return error[complete].square().mean() * math.log(2) # `fit` shows losses over ln 2
     history = fit(head, loader, steps, lr, loss=loss, weight_decay=0.01, title="surprisal head")
     return head, history.rename(columns={"loss": "squared error"}).drop(columns="valid")
