@@ -25,7 +25,7 @@ from .entropy import EntropyModel, get_entropy_model
 from .generation import generate, stream_text
 from .model import BLT, BLTConfig, get_blt
 from .stacked import get_stacked
-from .training import PRESETS, Series, autocast, bits_per_byte, next_id_loss, series, why_train
+from .training import PRESETS, Series, autocast, bits_per_byte, next_id_loss, read_json, series, why_train
 from .widgets import byte_spans, show_patches
 
 # %% ../nbs/13_scaling.ipynb #37b1476b
@@ -162,7 +162,7 @@ def open_model(
     if stages: folder = folder / stages[-1]
     if stages == ["entropy"]: raise FileNotFoundError(f"{path} holds an entropy model and no BLT yet; let blt_train come to its end, or ask for {folder}")
     config = folder / "config.json"
-    kind = EntropyModel if config.is_file() and "transformer" in json.loads(config.read_text()) else BLT
+    kind = EntropyModel if config.is_file() and "transformer" in read_json(config) else BLT
     return kind.from_pretrained(folder if folder.is_dir() else path).to("cuda" if torch.cuda.is_available() else "cpu")
 
 def open_blt(

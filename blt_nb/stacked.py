@@ -104,7 +104,7 @@ class SurprisalPatcher(ThresholdPatcher):
     """Starts a second-order patch where the latent transformer of a trained BLT is uncertain about the next patch.
 
     `maker` is that BLT without its decoder, frozen. It may have any number of levels: its innermost patches are the items that are cut."""
-    kind = "surprisal"
+    kind, row_at_once = "surprisal", True
     def __init__(self,
         maker: BLT,          # reads; see `BLT.reader`
         head: SurprisalHead, # uncertainty from its latent states
