@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .data import ROW_SUFFIXES, documents, encode, load_rows, read_rows
+from .data import ROW_SUFFIXES, ByteStream, documents, encode, load_rows, read_rows
 from .entropy import EntropyModel, get_entropy_model
 from .generation import generate, stream_text
 from .model import BLT, BLTConfig, get_blt
 from .stacked import get_stacked
-from .training import PRESETS, Series, autocast, bits_per_byte, next_id_loss, read_json, series, why_train
+from .training import PRESETS, Series, autocast, bits_per_byte, load_splits, next_id_loss, preset, read_json, series, why_train
 from .widgets import byte_spans, show_patches
 
 # %% ../nbs/13_scaling.ipynb #37b1476b
@@ -185,13 +185,14 @@ def parser_of(
 def train_series(
     args: argparse.Namespace, # of `blt_train`
 ) -> None:
-    "Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes."
+    "Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes, and for text that is too short to train on."
     folder, corpus = Path(args.out), args.corpus
     with tempfile.TemporaryDirectory() as aside: # nothing in the folder changes before we know that it fits
         if args.corpus == "-":
             corpus = Path(aside) / "corpus.txt"
             if not corpus.write_bytes(sys.stdin.buffer.read()): raise ValueError("there is no text in standard input: 0 bytes")
         with series(Series(args.preset, corpus, args.column, folder)):
+            for split in load_splits(): ByteStream(split).windows(preset("data").window)
             for stage in STAGES:
                 if (folder / stage / "training.json").is_file() and (reason := why_train(stage)):
                     raise ValueError(f"{folder / stage} is in the way: {reason} than asked for; take another --out, or remove it")
