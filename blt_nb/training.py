@@ -517,7 +517,7 @@ def bits_per_byte(
 ) -> float: # bits per byte: the bits that all bytes and document ends cost, over the number of bytes
     "Score text: every byte once. `ValueError` when there is no text."
     stream = data if isinstance(data, ByteStream) else ByteStream(data)
-    if len(stream) == len(stream.ends): raise ValueError(f"there is no text to score: 0 bytes in {len(stream.ends):,} documents")
+    if len(stream) == len(stream.ends): raise ValueError("there is no text to score: 0 bytes")
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     nats, count = 0.0, 0
