@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .data import ROW_SUFFIXES, documents, encode, load_rows, read_rows
+from .data import ROW_SUFFIXES, ByteStream, documents, encode, load_rows, read_rows
 from .entropy import EntropyModel, get_entropy_model
 from .generation import generate, stream_text
 from .model import BLT, BLTConfig, get_blt
 from .stacked import get_stacked
-from .training import PRESETS, Series, autocast, bits_per_byte, next_id_loss, processes, series, why_train
+from .training import PRESETS, Series, autocast, bits_per_byte, load_splits, next_id_loss, preset, processes, read_json, series, why_train
 from .widgets import byte_spans, show_patches
 
 # %% ../nbs/13_scaling.ipynb #37b1476b
@@ -162,7 +162,7 @@ def open_model(
     if stages: folder = folder / stages[-1]
     if stages == ["entropy"]: raise FileNotFoundError(f"{path} holds an entropy model and no BLT yet; let blt_train come to its end, or ask for {folder}")
     config = folder / "config.json"
-    kind = EntropyModel if config.is_file() and "transformer" in json.loads(config.read_text()) else BLT
+    kind = EntropyModel if config.is_file() and "transformer" in read_json(config) else BLT
     return kind.from_pretrained(folder if folder.is_dir() else path).to("cuda" if torch.cuda.is_available() else "cpu")
 
 def open_blt(
@@ -185,7 +185,7 @@ def parser_of(
 def train_series(
     args: argparse.Namespace, # of `blt_train`
 ) -> None:
-    """Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes, or if several processes are to share standard input.
+    """Train each stage that isn't there yet. `ValueError` if the folder holds stages of other text or sizes, for text that is too short to train on, or if several processes are to share standard input.
 
     `RuntimeError` where another of several processes has died."""
     folder, corpus, we, options = Path(args.out), args.corpus, processes(), dict(accumulate=args.accumulate, recompute=args.recompute, compile=args.compile, shard=args.shard)
@@ -195,6 +195,7 @@ def train_series(
             corpus = Path(aside) / "corpus.txt"
             if not corpus.write_bytes(sys.stdin.buffer.read()): raise ValueError("there is no text in standard input: 0 bytes")
         with series(Series(args.preset, corpus, args.column, folder)):
+            for split in load_splits(): ByteStream(split).windows(preset("data").window)
             for stage in STAGES:
                 if (folder / stage / "training.json").is_file() and (reason := why_train(stage)):
                     raise ValueError(f"{folder / stage} is in the way: {reason} than asked for; take another --out, or remove it")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import BOS_ID, EOS_ID, OFFSET, check_ids, encode
-from .entropy import EntropyModel, NgramConfig
+from .data import BOS_ID, EOS_ID, MAX_ROW, OFFSET, check_ids, encode
+from .entropy import PIECE, EntropyModel, NgramConfig
 from .model import BLT, Level
 from .patching import Patcher, ThresholdPatcher, check_bytes_only, is_spacelike
 from .transformer import Transformer
@@ -182,11 +182,12 @@ class EntropyState(ThresholdState):
         check_bytes_only(self.patcher, below)
         if not self.patcher.reset_at_newline: return self.model.push(ids)
         newlines = (ids[0] == OFFSET + ord("\n")).nonzero()[:, 0].tolist()
-        scores = []
-        for begin, end in zip([0, *newlines], [*newlines, ids.shape[1]]):
-            if begin in newlines: self.model = EntropyModelState(self.patcher.model)
-            if begin < end: scores.append(self.model.push(ids[:, begin:end]))
-        return torch.cat(scores)
+        if not newlines: return self.model.push(ids)
+        scores, first, last = [], newlines[0], newlines[-1]
+        if first: scores.append(self.model.push(ids[:, :first]))
+        if first < last: scores.append(self.patcher.model.entropies_by_line(ids[:, first:last])[0]) # whole lines
+        self.model = EntropyModelState(self.patcher.model)
+        return torch.cat([*scores, self.model.push(ids[:, last:])])
 
 # %% ../nbs/09_generation.ipynb #b7e528e2
 class TransformerState:
@@ -307,7 +308,7 @@ class State:
         "Read on. Errors as in `check_ids`."
         check_ids(ids, ndim=1)
         if not len(ids): raise ValueError("there are no ids to push; a text begins with BOS, encode(text, bos=True)")
-        ids = ids[None].to(self.blt.embed.weight.device)
+        ids = ids[None].to(self.blt.embed.weight.device).long()
         self.ends = []
         for patcher in self.patchers: self.ends.append(patcher.push(ids, self.ends))
         return self.blt.logits(self.network.push(ids, self.ends))[0]
@@ -360,7 +361,8 @@ def read(
 ) -> State: # that has read them
     "Begin a text."
     state = State(blt)
-    if ids: state.push(torch.tensor(ids))
+    for piece in torch.tensor(ids, dtype=torch.long).split(PIECE):
+        if len(piece): state.push(piece)
     return state
 
 def sample_bytes(
@@ -394,8 +396,8 @@ def generate(
     """Go on with a text, or with several, patch boundaries found as bytes arrive.
 
     Several texts don't influence each other: each is what it would be alone, with a sampler of the same seed. Streamed, they come side by side, a tuple of bytes a
-    step, empty for a text that has ended. `TypeError` for a prompt that is neither str nor bytes nor a sequence of them, `ValueError` for a negative length or a
-    context below 2, and errors as in `Sampler`, `State` and `blt_nb.data.to_bytes`."""
+    step, empty for a text that has ended. `TypeError` for a prompt that is neither str nor bytes nor a sequence of them, `ValueError` for a negative length, a
+    context below 2 and a prompt of `MAX_ROW` bytes or more without context, and errors as in `Sampler`, `State` and `blt_nb.data.to_bytes`."""
     one = isinstance(prompt, (str, bytes))
     prompts = [prompt] if one else list(prompt) if isinstance(prompt, Sequence) else None
     if prompts is None or not all(isinstance(p, (str, bytes)) for p in prompts):
@@ -403,6 +405,9 @@ def generate(
     if max_new_bytes < 0: raise ValueError(f"max_new_bytes is {max_new_bytes}; it must be at least 0")
     if context is not None and context < 2: raise ValueError(f"context is {context}; it must be at least 2 ids, BOS and a byte, or None for no limit")
     texts = [tuple(within(encode(p, bos=True).tolist(), context)) for p in prompts]
+    if context is None and (longest := max(map(len, texts), default=0)) > MAX_ROW:
+        raise ValueError(f"a prompt has {longest - 1:,} bytes, and at most {MAX_ROW - 1:,} are read without a context, since reading slows down with all that was read before. "
+                         "Pass a context, for example 512 or the window that the model was trained with, to go on from the end of the prompt")
     states = {ids: read(blt, ids[:-1]) for ids in set(texts)} # equal prompts are read once
     written = [sample_bytes(states[ids].fork(), ids, max_new_bytes, Sampler(temperature, top_k, top_p, seed), context) for ids in texts]
     if stream: return written[0] if one else zip_longest(*written, fillvalue=b"")

@@ -117,7 +117,7 @@ class Pool(nn.Module):
     ) -> Tensor: # (B, N, group_width), without meaning where a row has fewer than N groups
         bins = patches.lengths.shape[1] + 1 # the last takes the filling
         pooled = self.segments(x.flatten(0, 1), flat_groups(patches.groups, bins), len(x) * bins)
-        return pooled.view(len(x), bins, -1)[:, :-1]
+        return pooled.view(len(x), bins, self.group_width)[:, :-1]
 
     def segments(self,
         x: Tensor,        # (R, d) items
@@ -176,7 +176,7 @@ class Unpool(nn.Module):
         B, T, d = x.shape
         rows = flat_groups(sources, keys_values.shape[1])
         keys_values = keys_values.flatten(0, 1).flatten(1)[rows] # one gather: (B · T, k · 2 · d)
-        keys, values = keys_values.view(B, T, self.k, 2, self.cross.heads, -1).unbind(3)
+        keys, values = keys_values.view(B, T, self.k, 2, self.cross.heads, self.cross.head_width).unbind(3)
         scores = (self.cross.queries(x)[:, :, None] * keys).sum(-1).float()          # (B, T, k, heads)
         weights = scores.softmax(2).to(values.dtype)
         return self.cross.out((weights[..., None] * values).sum(2).flatten(2))

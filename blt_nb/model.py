@@ -21,7 +21,7 @@ import torch.nn as nn
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .data import VOCAB_SIZE, Loader, check_ids, eval_batches, part_of
+from .data import VOCAB_SIZE, Loader, check_ids, check_row, eval_batches, part_of
 from .entropy import EntropyConfig, EntropyModel, NgramConfig, NgramEmbedding, get_entropy_model
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
@@ -124,8 +124,8 @@ class BLT(nn.Module, Pretrained):
         ids: Tensor,                    # (B, T)
         lengths: Tensor | None = None,  # (B,) real ids of each row; None: all
     ) -> list[Patches]: # one a level, outermost first, on the patchers' device
-        "Cut bytes into patches, patches into second-order patches, and so on. Errors as in `check_ids`; `ValueError` unless there is a patcher a level."
-        check_ids(ids)
+        "Cut bytes into patches, patches into second-order patches, and so on. Errors as in `check_ids`, or in `check_row` if a patcher reads a row at once; `ValueError` unless there is a patcher a level."
+        (check_row if any(patcher.row_at_once for patcher in self.patchers) else check_ids)(ids)
         if len(self.patchers) != len(self.config.levels):
             raise ValueError(f"this model has {len(self.config.levels)} levels and {len(self.patchers)} patchers; build it with one a level, BLT(config, patchers=[...])")
         ids, patches = ids.to(next(self.patchers.parameters(), self.embed.weight).device), []
@@ -135,18 +135,33 @@ class BLT(nn.Module, Pretrained):
     def embeddings(self,
         ids: Tensor, # (B, T)
     ) -> Tensor: # (B, T, d)
-        "A vector for each byte: its own, and those of the n-grams that end there."
-        check_ids(ids)
+        "A vector for each byte: its own, and those of the n-grams that end there. Errors as in `check_row`."
+        check_row(ids)
+        ids = ids.long()
         x = self.embed(ids)
         return x if self.ngrams is None else x + self.ngrams(ids)
+
+    def begin(self,
+        ids: Tensor,                              # (B, T)
+        patches: Sequence[Patches] | None = None, # one a level; None: `segment(ids)`
+    ) -> tuple[Tensor, Sequence[Patches]]: # (B, T, d) embeddings, and patches
+        "What goes into the levels. `ValueError` for patches of another text or number of levels; other errors as in `check_row` and `segment`."
+        x = self.embeddings(ids) # looks at the ids before anything is cut
+        if patches is None: return x, self.segment(ids)
+        if len(patches) != len(self.config.levels): raise ValueError(f"there are patches of {len(patches)} levels; this model has {len(self.config.levels)}: pass what its segment(ids) gives")
+        items = x.shape[1]
+        for level, p in enumerate(patches, 1):
+            if level > 1: items = patches[level - 2].lengths.shape[1]
+            if p.starts.shape != (len(x), items + 1):
+                raise ValueError(f"the patches of level {level} have shape {tuple(p.starts.shape)}; {len(x)} rows of {items} items need {(len(x), items + 1)}: cut this very text")
+        return x, patches
 
     def forward(self,
         ids: Tensor,                              # (B, T)
         patches: Sequence[Patches] | None = None, # one a level; None: `segment(ids)`
     ) -> Tensor: # (B, T, 260) logits of the id after each
-        "Errors as in `check_ids`."
-        if patches is None: patches = self.segment(ids)
-        return self.logits(self.level(self.embeddings(ids), patches))
+        "Errors as in `begin`."
+        return self.logits(self.level(*self.begin(ids, patches)))
 
     def logits(self,
         x: Tensor, # (B, T, d) what the levels know at each id
@@ -159,9 +174,8 @@ class BLT(nn.Module, Pretrained):
         ids: Tensor,                              # (B, T)
         patches: Sequence[Patches] | None = None, # one a level; None: `segment(ids)`
     ) -> Tensor: # (B, N, d_latent)
-        "Output of the innermost latent transformer: what the model knows after each innermost patch."
-        if patches is None: patches = self.segment(ids)
-        return self.level.states(self.embeddings(ids), patches)
+        "Output of the innermost latent transformer: what the model knows after each innermost patch. Errors as in `begin`."
+        return self.level.states(*self.begin(ids, patches))
 
     def reader(self) -> "BLT": # frozen; for given patches
         "A copy without patchers, which reads what is cut already: enough to know how uncertain the model is."

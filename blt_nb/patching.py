@@ -12,6 +12,7 @@ import json, math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import get_type_hints
 
 import torch
@@ -178,6 +179,7 @@ class Patcher(nn.Module):
 
     A subclass says where it wants a start in `wanted`, sets `kind`, and adds its settings to `to_dict`. The constructor takes these by name."""
     kind: str | None = None            # names the class in `to_dict`
+    row_at_once = False                # does it run a network over whole rows, so that they can't have any length?
     open_end = False                   # does the last patch of a text always count as going on? See `EntropyPatcher`
     kinds: dict[str, type["Patcher"]] = {}  # all classes that have a name
 
@@ -188,9 +190,10 @@ class Patcher(nn.Module):
     def __init__(self,
         max_length: int | None = None, # items of the longest patch; None: no limit
     ):
-        "`ValueError` for a maximum below 1."
+        "`ValueError` for a maximum that is no whole number from 1 on."
         super().__init__()
-        if max_length is not None and max_length < 1: raise ValueError(f"max_length is {max_length}; it must be at least 1, or None for no limit")
+        if max_length is not None and not (isinstance(max_length, Integral) and max_length >= 1):
+            raise ValueError(f"max_length is {max_length!r}; it must be a whole number from 1 on, or None for no limit")
         self.max_length = max_length
 
     def wanted(self,
@@ -240,14 +243,14 @@ def patcher_from_dict(
 
 # %% ../nbs/05_patching.ipynb #fe122cf8
 class StaticPatcher(Patcher):
-    "A patch every `stride` items, after BOS. Works at any level. `ValueError` for a stride below 1."
+    "A patch every `stride` items, after BOS. Works at any level. `ValueError` for a stride that is no whole number from 1 on."
     kind = "static"
     def __init__(self,
         stride: int, # items a patch
         max_length: int | None = None, # see `Patcher`
     ):
         super().__init__(max_length)
-        if stride < 1: raise ValueError(f"stride is {stride}; it must be at least 1")
+        if not (isinstance(stride, Integral) and stride >= 1): raise ValueError(f"stride is {stride!r}; it must be a whole number from 1 on")
         self.stride = stride
 
     def wanted(self, ids, lengths=None, below=()):
@@ -283,6 +286,7 @@ class SpacePatcher(Patcher):
     kind = "space"
     def wanted(self, ids, lengths=None, below=()):
         check_bytes_only(self, below)
+        ids = ids.long()
         space = is_spacelike(ids)
         first = space & ~F.pad(space, (1, 0), value=True)[:, :-1]
         return F.pad(first | (ids < OFFSET), (1, 0), value=True)

@@ -136,7 +136,7 @@ class SurprisalPatcher(ThresholdPatcher):
     """Starts a second-order patch where a trained BLT is uncertain about the next patch.
 
     `maker` is that BLT without its patchers, frozen. It may have any number of levels: its innermost patches are the items that are cut."""
-    kind = "surprisal"
+    kind, row_at_once = "surprisal", True
     def __init__(self,
         maker: BLT,          # reads; see `BLT.reader`
         head: SurprisalHead, # what it makes of the maker's knowledge

@@ -914,14 +914,17 @@ class PatchExplorer:
     "A text, a patcher and its threshold, to play with in a notebook. Leaves the patchers as they are. `ValueError` without patchers, `ImportError` without ipywidgets."
     def __init__(self,
         patchers,                  # name -> patcher, list of patchers or BLT; or just one of them
-        passages: Sequence[Mapping] | None = None, # examples, with "kind", "title" and "text"; None: `load_passages()`
+        passages: Sequence[Mapping] | None = None, # examples, with "kind", "title" and "text"; None: `load_passages()`, or none where these are missing
         text: str | None = None,   # to begin with; None: the first passage
         max_bytes: int = 2000,     # cut of a long text, and say so
     ):
         self.patchers = dict(patchers) if isinstance(patchers, Mapping) else {type(patchers).__name__: patchers}
         if not self.patchers: raise ValueError("there are no patchers to explore; pass at least one, for example EntropyPatcher(model, threshold=2)")
         for what in self.patchers.values(): patchers_of(what)
-        passages = load_passages() if passages is None else passages
+        missing = ""
+        if passages is None:
+            try: passages = load_passages()
+            except FileNotFoundError as error: passages, missing = [], f"there are no examples to choose from: {error}"
         texts = {f"{passage['kind']}: {passage['title']}": passage["text"] for passage in passages}
         self.max_bytes, self.cutting, self.total, self.at = max_bytes, None, 0, 0 # `at`: id that the chosen block begins with, 0: none
         self.reading, self.kept = None, {} # (model, ids, patches, Reading); (level, rule) -> nats, to come back to
@@ -929,6 +932,7 @@ class PatchExplorer:
         self.thread, self.stopping = None, threading.Event()
         self.build(texts, next(iter(texts.values()), "") if text is None else text)
         self.do(self.take_patcher)
+        if not self.message.value and missing: self.message.value = note(missing)
 
     def build(self,
         texts: Mapping[str, str], # examples
@@ -1280,7 +1284,7 @@ class PatchExplorer:
         for i, (patcher, scores) in enumerate(zip(self.cutting.patchers, self.cutting.scores)):
             names = ["max_length"] if scores is None else ["threshold", "rise", "max_length"]
             lines.append(f"{', '.join(f'levels[{i}].{name}' for name in names)} = {', '.join(repr(getattr(patcher, name)) for name in names)}")
-        text = bytes(i - OFFSET for i in self.cutting.ids[1:].tolist()).decode("utf-8")
+        text = bytes(i - OFFSET for i in self.cutting.ids[1:].tolist()).decode("utf-8", "surrogateescape")
         return "\n".join([*lines, "", f"text = {ascii(text)}", f"show_patches(text, levels, max_bytes={self.max_bytes})"])
 
     # --- writing
