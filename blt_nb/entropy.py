@@ -73,8 +73,9 @@ class NgramEmbedding(nn.Module):
     ) -> Tensor: # (B, T, d)
         hashes = [ngram_hashes(ids, n, self.config.rows, prime) for prime in PRIMES[:self.config.functions] for n in self.config.sizes]
         offsets = self.config.rows * torch.arange(len(hashes), device=ids.device)
-        rows = self.table(torch.stack(hashes, -1) + offsets) # (B, T, tables, row)
-        return rows.sum(2) if self.project is None else self.project(rows.flatten(2))
+        rows = torch.stack(hashes, -1) + offsets # (B, T, tables)
+        if self.project is None: return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, ids.shape) # added up as they are fetched
+        return self.project(self.table(rows).flatten(2))
 
 # %% ../nbs/04_entropy.ipynb #5ccae3f2
 @dataclass
