@@ -234,7 +234,7 @@ class LocalEncoder(nn.Module):
         patches: Patches, # their groups
     ) -> tuple[Tensor, Tensor]: # items (B, T, d), groups (B, N, group_width)
         x = self.transformer(x)
-        return x, self.pool(x, patches)
+        return x, sparing(self.pool, x, patches)
 
 # %% ../nbs/07_local.ipynb #31d94e43
 class LocalDecoder(nn.Module):

@@ -80,8 +80,8 @@ def rotate(
 ) -> Tensor: # (B, T, h, head_width)
     "Turn each pair (x[i], x[i + head_width / 2]) by its position's angle."
     cos, sin = (t[:, None].to(x.dtype) for t in rope)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    turned = x.roll(x.shape[-1] // 2, -1) # the halves change places
+    return (x * torch.cat([cos, cos], -1)).addcmul_(turned, torch.cat([-sin, sin], -1))
 
 # %% ../nbs/02_transformer.ipynb #bdbf5443
 def band_mask(
