@@ -146,9 +146,9 @@ def windowed_attention(
     small = q.device.type in ("cpu", "meta") and T <= DENSE
     if T == 0 or (window is None and small): return attend(q, k, v, band_bias(T, T, None, q))
     if window is None or (T <= window and not small): return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-    window = min(window, T)
-    c = query_block(window, q.device)
-    before = -(-(window - 1) // c) * c                    # keys that a block needs before its own
+    reach = min(window, T)
+    c = query_block(reach, q.device)
+    before = -(-(reach - 1) // c) * c                     # keys that a block needs before its own
     bias = band_bias(c, before + c, window, q)
     k, v, done = k.contiguous(), v.contiguous(), []       # one copy, of which each block takes a view
     for begin in range(0, T, c):
