@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .data import OFFSET, VOCAB_SIZE, Loader, check_ids, check_row
 from .training import SERIES, Pretrained, bits_per_byte, fit, load_or_train, load_splits, my_part, preset, round_bf16, save_stage, unfinished
-from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, init_linear
+from .transformer import KVCache, Linear, RMSNorm, Transformer, TransformerConfig, init_linear
 
 # %% ../nbs/04_entropy.ipynb #1f4e4a8e
 PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271, 3_267_000_013, 5_754_853_343, 4_093_082_899, 9_576_890_767,
@@ -65,7 +65,7 @@ class NgramEmbedding(nn.Module):
         row = config.width or width
         self.table = nn.Embedding(tables * config.rows, row)  # one table after the other
         nn.init.normal_(self.table.weight, std=row ** -0.5)
-        self.project = nn.Linear(tables * row, width, bias=False) if config.width else None
+        self.project = Linear(tables * row, width) if config.width else None
         init_linear(self)
 
     def forward(self,
@@ -73,8 +73,9 @@ class NgramEmbedding(nn.Module):
     ) -> Tensor: # (B, T, d)
         hashes = [ngram_hashes(ids, n, self.config.rows, prime) for prime in PRIMES[:self.config.functions] for n in self.config.sizes]
         offsets = self.config.rows * torch.arange(len(hashes), device=ids.device)
-        rows = self.table(torch.stack(hashes, -1) + offsets) # (B, T, tables, row)
-        return rows.sum(2) if self.project is None else self.project(rows.flatten(2))
+        rows = torch.stack(hashes, -1) + offsets # (B, T, tables)
+        if self.project is None: return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, ids.shape) # added up as they are fetched
+        return self.project(self.table(rows).flatten(2))
 
 # %% ../nbs/04_entropy.ipynb #5ccae3f2
 @dataclass
@@ -101,7 +102,7 @@ class EntropyModel(nn.Module, Pretrained):
         nn.init.normal_(self.embed.weight, std=width ** -0.5)
         self.ngrams = NgramEmbedding(config.ngrams, width) if config.ngrams else None
         self.transformer = Transformer(config.transformer)
-        self.norm, self.head = RMSNorm(width, config.transformer.eps), nn.Linear(width, VOCAB_SIZE, bias=False)
+        self.norm, self.head = RMSNorm(width, config.transformer.eps), Linear(width, VOCAB_SIZE)
         init_linear(self.head)
 
     def forward(self,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .patching import Patches
-from .transformer import BRANCHES, KVCache, RMSNorm, Transformer, TransformerConfig, init_linear
+from .transformer import BRANCHES, KVCache, Linear, RMSNorm, Transformer, TransformerConfig, init_linear, sparing
 
 # %% ../nbs/07_local.ipynb #9a21b647
 def flat_groups(
@@ -66,8 +66,8 @@ class CrossAttention(nn.Module):
         width = config.width
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, width // config.heads
         self.query_norm, self.key_norm = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
-        self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * self.kv_heads * self.head_width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.query, self.key_value = Linear(width, width), Linear(width, 2 * self.kv_heads * self.head_width)
+        self.out = Linear(width, width)
         init_linear(self, depth=BRANCHES)
 
     def queries(self,
@@ -104,9 +104,9 @@ class Pool(nn.Module):
         if kind not in POOLS: raise ValueError(f"pool is {kind!r}; take one of {', '.join(map(repr, POOLS))}")
         self.k, self.group_width, self.skip = k, group_width or k * config.width, skip
         self.summary = segment_mean if kind == "mean" else segment_max
-        self.spread = nn.Linear(config.width, k * config.width, bias=False)
+        self.spread = Linear(config.width, k * config.width)
         self.cross = CrossAttention(config) if kind == "attention" else None
-        self.project = nn.Linear(k * config.width, self.group_width, bias=False) if self.group_width != k * config.width else None
+        self.project = Linear(k * config.width, self.group_width) if self.group_width != k * config.width else None
         self.norm = RMSNorm(self.group_width, config.eps) if norm else nn.Identity()
         init_linear(self.spread)
         if self.project is not None: init_linear(self.project)
@@ -188,7 +188,7 @@ class AddUnpool(nn.Module):
         k: int,                    # vectors a group
     ):
         super().__init__()
-        self.norm, self.out = RMSNorm(k * config.width, config.eps), nn.Linear(k * config.width, config.width, bias=False)
+        self.norm, self.out = RMSNorm(k * config.width, config.eps), Linear(k * config.width, config.width)
         init_linear(self, depth=BRANCHES)
 
     def known(self,
@@ -237,7 +237,7 @@ class LocalEncoder(nn.Module):
         patches: Patches, # their groups
     ) -> tuple[Tensor, Tensor]: # items (B, T, d), groups (B, N, group_width)
         x = self.transformer(x)
-        return x, self.pool(x, patches)
+        return x, sparing(self.pool, x, patches)
 
 # %% ../nbs/07_local.ipynb #31d94e43
 class LocalDecoder(nn.Module):
@@ -255,7 +255,7 @@ class LocalDecoder(nn.Module):
         super().__init__()
         if unpool not in UNPOOLS: raise ValueError(f"unpool is {unpool!r}; take one of {', '.join(map(repr, UNPOOLS))}")
         self.k, self.skip = vectors_a_group(config, group_width, k), skip
-        self.spread = nn.Linear(group_width, self.k * config.width, bias=False)
+        self.spread = Linear(group_width, self.k * config.width)
         self.transformer, self.norm = Transformer(config), RMSNorm(config.width, config.eps) if norm else nn.Identity()
         self.unpools = nn.ModuleList(UNPOOLS[unpool](config, self.k) for _ in range(config.layers if unpools is None else unpools))
         init_linear(self.spread)
@@ -274,7 +274,24 @@ class LocalDecoder(nn.Module):
         caches: Sequence[KVCache] | None = None, # from `transformer.caches()`, if x goes on where they end
     ) -> Tensor: # (B, T, d)
         "The same with the source of each item given, so that a text can come piece after piece."
-        return self.write(x, self.known(groups), sources, caches)
+        if caches: return self.write(x, self.known(groups), sources, caches)
+        x, groups, rope = self.norm(x), self.spread(groups).unflatten(-1, (self.k, -1)), self.transformer.rope(x.shape[1], device=x.device)
+        def layer(x, groups, i): # made here, what an item wants to know of the groups lasts no longer than its block
+            return self.layer(i, x, self.unpools[i].known(groups) if i < len(self.unpools) else None, sources, rope)
+        for i in range(len(self.transformer.blocks)): x = sparing(layer, x, groups, i)
+        return x
+
+    def layer(self,
+        i: int,          # which
+        x: Tensor,       # (B, T, d) items
+        known: Tensor | None, # what its unpool knows of the groups; None: it has none
+        sources: Tensor, # (B, T) the group that each item sees
+        rope: tuple[Tensor, Tensor], # angles of these T positions
+        cache: KVCache | None = None,
+    ) -> Tensor: # (B, T, d)
+        "One unpool and the block that follows."
+        if known is not None: x = torch.add(self.unpools[i].look(x, known, sources), x, alpha=self.skip)
+        return self.transformer.blocks[i](x, rope, cache)
 
     def known(self,
         groups: Tensor, # (B, N, group_width) outputs of the inner network
@@ -287,11 +304,9 @@ class LocalDecoder(nn.Module):
         x: Tensor,             # (B, T, d) items, as the encoder left them
         known: Sequence[Tensor], # from `known`
         sources: Tensor,       # (B, T) the group that each item sees
-        caches: Sequence[KVCache] | None = None, # from `transformer.caches()`, if x goes on where they end
+        caches: Sequence[KVCache], # from `transformer.caches()`; x goes on where they end
     ) -> Tensor: # (B, T, d)
-        "The second half of `decode`."
+        "Go on with a text whose groups are known."
         x, rope = self.norm(x), self.transformer.rope(x.shape[1], caches[0].length if caches else 0, x.device)
-        for i, block in enumerate(self.transformer.blocks):
-            if i < len(self.unpools): x = torch.add(self.unpools[i].look(x, known[i], sources), x, alpha=self.skip)
-            x = block(x, rope, caches[i] if caches else None)
+        for i, cache in enumerate(caches): x = self.layer(i, x, known[i] if i < len(known) else None, sources, rope, cache)
         return x

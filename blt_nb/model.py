@@ -26,7 +26,7 @@ from .entropy import EntropyConfig, EntropyModel, NgramConfig, NgramEmbedding, g
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
 from .training import SERIES, Pretrained, bits_per_byte, fast_precision, fit, load_or_train, load_splits, my_part, preset, round_bf16, save_stage, unfinished
-from .transformer import RMSNorm, Transformer, TransformerConfig, init_linear, query_block
+from .transformer import Linear, RMSNorm, Transformer, TransformerConfig, init_linear, query_block
 
 # %% ../nbs/08_blt.ipynb #a77ff38f
 @dataclass
@@ -116,7 +116,7 @@ class BLT(nn.Module, Pretrained):
         self.ngrams = NgramEmbedding(config.ngrams, width) if config.ngrams else None
         self.level = Level(config.levels, config.latent)
         if config.levels[0].decoder is not None:
-            self.norm, self.head = RMSNorm(width, config.levels[0].decoder.eps), None if config.tied else nn.Linear(width, VOCAB_SIZE, bias=False)
+            self.norm, self.head = RMSNorm(width, config.levels[0].decoder.eps), None if config.tied else Linear(width, VOCAB_SIZE)
             if self.head is not None: init_linear(self.head)
 
     @torch.no_grad()
@@ -276,7 +276,7 @@ def transformer_flops(
     config: TransformerConfig,
     length: float, # positions read together
 ) -> float: # FLOPs of a forward pass for one position
-    "Matrix products of the blocks, two FLOPs a multiply-add; attention as `windowed_attention` computes it on a CPU."
+    "Matrix products of the blocks, two FLOPs a multiply-add; attention as `windowed_attention` computes it on a CPU, a text within the window counted whole."
     c, head = config, config.width // config.heads
     linear = c.width * (c.heads + 2 * c.kv_heads) * head + c.width * c.width + 3 * c.width * c.hidden
     if c.window is None or length <= c.window: keys = length
