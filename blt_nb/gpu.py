@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK', 'PARTS', 'TOLERANCE', 'range_mask', 'Items', 'byte_items', 'packed_items', 'Cut', 'make_cut', 'pack',
            'random_rows', 'groups_of', 'embed', 'working_dtype', 'run_block', 'pool_groups', 'look_up', 'predict',
-           'predict_entropy', 'predict_loss', 'parts', 'run_transformer', 'run_states', 'run_level', 'PackedBLT',
-           'PackedLM', 'marks_of', 'slots_for', 'useful_flops', 'work_per_byte', 'synchronise', 'median_seconds',
-           'matmul_rate', 'random_batch', 'step_function', 'training_speed', 'sized_config', 'byte_config',
-           'relative_error', 'gradients', 'small_config', 'agreement', 'make_theirs', 'race', 'peak_memory',
-           'middle_threshold', 'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal',
-           'windows_of', 'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'cut_patches', 'Run', 'valid_texts',
-           'first_texts', 'training_texts', 'train', 'learn_tokens', 'write_speed', 'Bench', 'train_all', 'changed',
-           'variant', 'sweep', 'main']
+           'predict_entropy', 'predict_loss', 'parts', 'run_transformer', 'run_level', 'PackedBLT', 'PackedLM',
+           'marks_of', 'slots_for', 'useful_flops', 'work_per_byte', 'synchronise', 'median_seconds', 'matmul_rate',
+           'random_batch', 'step_function', 'training_speed', 'sized_config', 'byte_config', 'relative_error',
+           'gradients', 'small_config', 'agreement', 'make_theirs', 'race', 'peak_memory', 'middle_threshold',
+           'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal', 'windows_of',
+           'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'cut_patches', 'Run', 'valid_texts', 'first_texts',
+           'training_texts', 'train', 'learn_tokens', 'write_speed', 'Bench', 'train_all', 'changed', 'variant',
+           'sweep', 'main']
 
 # %% ../nbs/14_gpu.ipynb #14a00003
 import argparse, contextlib, importlib.metadata, json, math, os, re, subprocess, sys, time, traceback
@@ -39,7 +39,7 @@ from .local import Pool, Unpool, segment_max
 from .model import BLT, BLTConfig, Level, LevelConfig, blt_config, flops_per_byte, lm_flops_per_byte, transformer_flops
 from .patching import EntropyPatcher, Patcher, Patches, SpacePatcher, StaticPatcher, cut as cut_by_scores, find_threshold, train_bpe
 from .pretrained import from_transformers
-from .stacked import SurprisalHead, SurprisalPatcher, stacked_config
+from .stacked import SurprisalHead, SurprisalPatcher, entropy_of, stacked_config
 from .training import PRESETS, autocast, fit, hardware, next_id_loss, param_groups, preset, preset_name, round_bf16
 from .transformer import TransformerConfig, masked_attention, rope_table, window_mask
 
@@ -192,7 +192,7 @@ def pool_groups(
     keys, values = (t.transpose(0, 1)[None] for t in pool.cross.keys_values(x).unbind(1))
     found = masked_attention(q, keys, values, cut.pool, scale=1.0)[0].transpose(0, 1).reshape(seeds.shape)
     groups = torch.add(pool.cross.out(found), seeds, alpha=pool.skip).flatten(1)
-    return groups if pool.project is None else pool.project(groups)
+    return pool.norm(groups if pool.project is None else pool.project(groups))
 
 def look_up(
     unpool: Unpool,
@@ -243,20 +243,6 @@ def run_transformer(
     for block in blocks: x = run.run_block(block, x, rope, items.mask)
     return x
 
-def run_states(
-    run: SimpleNamespace, # from `parts`
-    level: Level,
-    x: Tensor,              # (B, T, d) bytes, or (1, S, d) groups
-    items: Sequence[Items], # this level's, then those inside
-    cuts: Sequence[Cut],
-) -> Tensor: # (1, S, d_latent)
-    "As `Level.states`."
-    network = level.encoder.transformer
-    x = run_transformer(run, network.blocks, network.config, x, items[0])
-    groups = run.pool_groups(level.encoder.pool, x.flatten(0, 1), cuts[0])[None]
-    if isinstance(level.inner, Level): return run_states(run, level.inner, groups, items[1:], cuts[1:])
-    return run_transformer(run, level.inner.blocks, level.inner.config, groups, items[1])
-
 def run_level(
     run: SimpleNamespace, # from `parts`
     level: Level,
@@ -270,7 +256,7 @@ def run_level(
     groups = run.pool_groups(encoder.pool, x.flatten(0, 1), cut)[None]
     if isinstance(level.inner, Level): groups = run_level(run, level.inner, groups, items[1:], cuts[1:])
     else: groups = run_transformer(run, level.inner.blocks, level.inner.config, groups, items[1])
-    groups = decoder.spread(groups)[0].unflatten(-1, (decoder.k, -1))
+    x, groups = decoder.norm(x), decoder.spread(groups)[0].unflatten(-1, (decoder.k, -1))
     for i, block in enumerate(decoder.transformer.blocks):
         if i < len(decoder.unpools): x = run.look_up(decoder.unpools[i], x, groups, cut, decoder.skip)
         x = run_transformer(run, [block], decoder.transformer.config, x, mine)
@@ -313,9 +299,11 @@ class PackedBLT:
         "As `BLT.forward`."
         return self.run.predict(self.blt, self.hidden(ids, *marks))
 
-    def states(self, ids: Tensor, *marks: Tensor) -> Tensor: # (1, S, d_latent)
-        "As `BLT.states`."
-        return run_states(self.run, self.blt.level, self.run.embed(self.blt, ids, working_dtype(ids.device)), *self.plan(*marks))
+    def ends(self, ids: Tensor, starts: Tensor, nexts: Tensor) -> Tensor: # (1, S, d)
+        "As `blt_nb.stacked.end_states`, for a model of one level: what it knows at the last byte of each patch."
+        segments = starts.long().cumsum(0) - 1
+        last = torch.searchsorted(segments, torch.arange(self.slots[0], device=segments.device), right=True) - 1
+        return self.hidden(ids, starts, nexts).flatten(0, 1)[last][None]
 
     def entropies(self, ids: Tensor, *marks: Tensor) -> Tensor: # (B, T) nats, float32
         "Of the byte after each."
@@ -842,22 +830,26 @@ def fit_head(
     batches: int = 24, # looked at
     seed: int = 0,
 ) -> SurprisalHead:
-    "As `train_surprisal_head`, on states that are computed once."
-    device, p, states, targets = loader.device, preset("head"), [], []
+    "As `train_surprisal_head`, on what is computed once."
+    device, p, known, targets = loader.device, preset("head"), [], []
     with torch.no_grad(), autocast(device):
         for i in range(batches):
             ids, starts, nexts = loader.batch(i)
             target, complete = patch_targets(packed.entropies(ids, starts, nexts).flatten(), starts, nexts, packed.plan(starts, nexts)[0][1].rows)
-            states.append(packed.states(ids, starts, nexts)[0, complete])
+            known.append(packed.ends(ids, starts, nexts)[0, complete].float())
             targets.append(target[complete])
-    states, targets = torch.cat(states), torch.cat(targets)
+    known, targets = torch.cat(known), torch.cat(targets)
     torch.manual_seed(seed)
-    head = SurprisalHead(states.shape[1], p.hidden).to(device)
-    head.mean.copy_(targets.mean())
-    head.std.copy_(targets.std())
-    rows = torch.randint(len(states), (p.steps, min(8192, len(states))), device=device)
-    loader = SimpleNamespace(batch=lambda step: (states[None, rows[step]], targets[None, rows[step]]))
-    fit(head, loader, p.steps, p.lr, loss=lambda head, x, y: ((head(x) - y) / head.std).square().mean(), weight_decay=0.01, title="surprisal head")
+    head = SurprisalHead(known.shape[1], p.hidden).to(device)
+    with torch.no_grad(): seen = torch.stack([targets, torch.cat([entropy_of(packed.blt.logits(part)) for part in known.split(2**16)])])
+    head.mean.copy_(seen.mean(1))
+    head.std.copy_(seen.std(1))
+    rows = torch.randint(len(known), (p.steps, min(8192, len(known))), device=device)
+    loader = SimpleNamespace(batch=lambda step: (known[None, rows[step]], targets[None, rows[step]]))
+    def loss(model, x, y):
+        with torch.no_grad(): logits = packed.blt.logits(x)
+        return ((model(x, logits) - y) / head.std[0]).square().mean()
+    fit(head, loader, p.steps, p.lr, loss=loss, weight_decay=0.01, title="surprisal head")
     return head
 
 @torch.no_grad()
@@ -871,7 +863,9 @@ def cut_patches(
     "Score the patches of all windows, and cut them by the threshold that gives the mean length on the first of them."
     scores = [None] * loader.order.size
     for i, order in enumerate(loader.order):
-        with autocast(loader.device): found = head(packed.states(*loader.batch(i)))[0].cpu().numpy()
+        with autocast(loader.device):
+            known = packed.ends(*loader.batch(i))
+            found = head(known, packed.blt.logits(known))[0].cpu().numpy()
         ends = np.cumsum([groups_of(loader.cuts[0][row]) for row in order])
         for row, part in zip(order, np.split(found, ends)): scores[row] = part
     def padded(rows): return nn.utils.rnn.pad_sequence([torch.from_numpy(part) for part in rows], batch_first=True), torch.tensor([len(part) for part in rows])
@@ -1097,7 +1091,7 @@ class Bench:
             groups, threshold = cut_patches(packed, head, loader, p.mean_group, p.max_group)
             return dict(starts=torch.from_numpy(np.concatenate(groups)), lengths=torch.tensor([len(row) for row in groups]), threshold=threshold) | head.state_dict(prefix="head.")
         made = run.stage(f"second-order patches of {p.mean_group} by {name}", make)
-        head = SurprisalHead(one.config.latent.width, preset("head").hidden).to(run.device)
+        head = SurprisalHead(one.config.levels[0].encoder.width, preset("head").hidden).to(run.device)
         head.load_state_dict({key.removeprefix("head."): value for key, value in made.items() if key.startswith("head.")})
         groups = np.split(made["starts"].cpu().numpy(), made["lengths"].cpu().numpy().cumsum()[:-1])
         return [one.patchers[0], SurprisalPatcher(one.reader(), head, made["threshold"], max_length=p.max_group)], PackedLoader(self.windows, [*loader.cuts, groups], self.shape[0])
