@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, Value, get_dataset_split_names, load_dataset
 from datasets.table import InMemoryTable
 from filelock import FileLock
+from pyarrow.dataset import ParquetFragmentScanOptions
 from torch import Tensor
 
 # %% ../nbs/01_data.ipynb #ab42d15b
@@ -432,7 +433,8 @@ def read_rows(
     "Open files that hold rows. `ValueError` for empty files and for what can't be read."
     if not any(file.stat().st_size for file in files): raise ValueError(f"{str(name)!r} is empty: 0 bytes in {len(files)} files")
     cache = str(data_dir() / "cache" / "datasets")
-    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache)
+    options = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)} if kind == "parquet" else {} # else a whole file is kept in memory
+    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache, **options)
     except Exception as error: # many kinds, the cause is what helps
         raise ValueError(f"could not read {str(name)!r} as {kind}: {error.__cause__ or error}; is a file broken or of another kind?") from error
 
