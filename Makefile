@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 1
 
-.PHONY: help setup series outputs html test bench evidence lab readme docs
+.PHONY: help setup series outputs html test bench evidence stacked lab readme docs
 
 help:
 	@echo "make series    train and show everything: runs the notebooks into _series/"
@@ -11,6 +11,7 @@ help:
 	@echo "make test      every check, and every notebook at BLT_PRESET=ci"
 	@echo "make bench     speed and memory beside the implementation in transformers (a quiet machine, 15 minutes)"
 	@echo "make evidence  the experiments of notebook 11 that data/results/evidence.csv lacks (WORKERS=2 for two at once)"
+	@echo "make stacked   the experiments of notebook 10 that data/results/stacked.csv lacks (WORKERS=2 for two at once; hours on a CPU)"
 	@echo "make lab       JupyterLab on nbs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
 	@echo "make html      the notebooks as static pages into _site/, which need no network"
@@ -49,6 +50,9 @@ bench: setup
 
 evidence: setup
 	@$(PY) .ci/evidence.py --workers $(WORKERS)
+
+stacked: setup
+	@$(PY) .ci/stacked.py --workers $(WORKERS)
 
 lab: setup
 	@$(PY) -m jupyterlab nbs $$([ "$$(id -u)" != 0 ] || echo --allow-root)
