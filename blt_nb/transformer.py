@@ -150,10 +150,15 @@ def windowed_attention(
     c = query_block(reach, q.device)
     before = -(-(reach - 1) // c) * c                     # keys that a block needs before its own
     bias = band_bias(c, before + c, window, q)
-    k, v, done = k.contiguous(), v.contiguous(), []       # one copy, of which each block takes a view
-    for begin in range(0, T, c):
-        end, first = min(begin + c, T), max(0, begin - before) # nothing lies before the text
-        done.append(attend(q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end], bias[:end - begin, before - begin + first:before + end - begin]))
+    k, v, done, start = k.contiguous(), v.contiguous(), [], 0 # one copy, of which each block takes a view
+    for queries in q.split(16 * c, 2):                    # a view's gradient is as long as what it was cut from, so blocks are cut from pieces
+        reached, stop = max(0, start - before), start + queries.shape[2] # nothing lies before the text
+        keys, values = k[:, :, reached:stop], v[:, :, reached:stop]
+        for block in queries.split(c, 2):
+            here, end = start - reached, start - reached + block.shape[2] # among the keys
+            first = max(0, here - before)
+            done.append(attend(block, keys[:, :, first:end], values[:, :, first:end], bias[:end - here, before - here + first:before + end - here]))
+            start += block.shape[2]
     return torch.cat(done, 2)
 
 def cached_attention(
