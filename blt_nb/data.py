@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BOE_ID', 'BOS_ID', 'EOS_ID', 'PAD_ID', 'OFFSET', 'VOCAB_SIZE', 'MAX_ROW', 'SPLITS', 'DOCS_PACKAGES', 'MIN_DOCSTRING',
            'EMBEDDED', 'CACHED_MARK', 'CORPUS_VERSION', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'HUB_ID', 'COMPRESSORS',
-           'to_bytes', 'encode', 'check_ids', 'check_row', 'decode_bytes', 'decode', 'data_dir', 'name_hash',
-           'split_of', 'python_files', 'stdlib_files', 'package_files', 'docstrings', 'read_topics', 'read_utf8',
-           'read_docs', 'read_code', 'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus', 'corpus_files',
-           'load_embedded', 'find_files', 'split_names', 'cut_text', 'load_text_files', 'load_rows', 'load_hub',
-           'read_rows', 'load_corpus', 'named_documents', 'documents', 'compressed_bpb', 'ByteStream', 'part_of',
-           'Loader', 'eval_spans', 'eval_windows', 'eval_batches', 'load_passages']
+           'SHUFFLED', 'to_bytes', 'encode', 'check_ids', 'check_row', 'decode_bytes', 'decode', 'data_dir',
+           'name_hash', 'split_of', 'python_files', 'stdlib_files', 'package_files', 'docstrings', 'read_topics',
+           'read_utf8', 'read_docs', 'read_code', 'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus',
+           'corpus_files', 'load_embedded', 'find_files', 'split_names', 'cut_text', 'load_text_files', 'load_rows',
+           'load_hub', 'read_rows', 'load_corpus', 'named_documents', 'documents', 'compressed_bpb', 'ByteStream',
+           'StoredStream', 'stream_of', 'part_of', 'Loader', 'eval_spans', 'eval_windows', 'eval_batches',
+           'load_passages']
 
 # %% ../nbs/01_data.ipynb #c37dc77f
 import ast, configparser, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, os, re, sys, sysconfig, tempfile, warnings
@@ -24,6 +25,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, get_dataset_split_names, load_dataset
 from datasets.table import InMemoryTable
+from filelock import FileLock
+from pyarrow.dataset import ParquetFragmentScanOptions
 from torch import Tensor
 
 # %% ../nbs/01_data.ipynb #ab42d15b
@@ -430,7 +433,8 @@ def read_rows(
     "Open files that hold rows. `ValueError` for empty files and for what can't be read."
     if not any(file.stat().st_size for file in files): raise ValueError(f"{str(name)!r} is empty: 0 bytes in {len(files)} files")
     cache = str(data_dir() / "cache" / "datasets")
-    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache)
+    options = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)} if kind == "parquet" else {} # else a whole file is kept in memory
+    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache, **options)
     except Exception as error: # many kinds, the cause is what helps
         raise ValueError(f"could not read {str(name)!r} as {kind}: {error.__cause__ or error}; is a file broken or of another kind?") from error
 
@@ -523,6 +527,57 @@ class ByteStream:
                              f"{window} (BOS and {window - 1} ids): take a smaller window or more text")
         return len(self) // (window - 1)
 
+# %% ../nbs/01_data.ipynb #765d41fd
+class StoredStream(ByteStream):
+    "A `ByteStream` in files, in the cache. It is written if it isn't there yet; `OSError` if the disk is full."
+    def __init__(self,
+        data: Dataset, # columns "name" and "text"
+    ):
+        self.data, self.folder = data, data_dir() / "cache" / "streams" / data._fingerprint # which changes whenever the content does
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.folder}.lock"): # another process may be writing it just now
+            if not self.folder.is_dir(): self.write()
+
+    def write(self) -> None:
+        "Write the stream. It appears whole or not at all."
+        with tempfile.TemporaryDirectory(dir=self.folder.parent) as temporary:
+            new, sha, end = Path(temporary) / "stream", hashlib.sha256(), 0
+            new.mkdir()
+            with (new / "ids").open("wb") as ids, (new / "ends").open("wb") as ends:
+                for document in documents(self.data):
+                    part = np.append(np.frombuffer(document, np.uint8) + np.uint16(OFFSET), np.uint16(EOS_ID))
+                    end += len(part)
+                    for file, numbers in ((ids, part), (ends, np.int64(end))): file.write(numbers.tobytes())
+                    sha.update(part)
+            (new / "digest").write_text(sha.hexdigest()[:12])
+            new.rename(self.folder)
+
+    @property
+    def ids(self) -> np.ndarray: # (N,)
+        "Mapped anew each time, so that what has been read doesn't stay in memory."
+        return np.memmap(self.folder / "ids", np.uint16, "r")
+
+    @property
+    def ends(self) -> np.ndarray: # (D,)
+        "In the same way."
+        return np.memmap(self.folder / "ends", np.int64, "r")
+
+    @property
+    def names(self): # a column of the dataset
+        return self.data["name"]
+
+    @cached_property
+    def digest(self) -> str: # 12 hex digits
+        return (self.folder / "digest").read_text()
+
+def stream_of(
+    data: Dataset | IterableDataset | ByteStream | Iterable[str | bytes] | str | bytes, # see `documents`
+) -> ByteStream:
+    "The documents as a stream: as it is, if it is one; in files for a dataset in files; else in memory."
+    if isinstance(data, ByteStream): return data
+    stored = isinstance(data, Dataset) and data.cache_files and len(data) and {"name", "text"} <= set(data.column_names)
+    return StoredStream(data) if stored else ByteStream(data)
+
 # %% ../nbs/01_data.ipynb #20f6852a
 def part_of(
     rows: int,  # of a batch
@@ -533,11 +588,13 @@ def part_of(
     if rows % parts: raise ValueError(f"{rows} rows can't be dealt out evenly to {parts} (processes, times steps of accumulation); take a batch_size that {parts} divides")
     return slice(part * rows // parts, (part + 1) * rows // parts)
 
+SHUFFLED = 2**20 # windows that are shuffled at once
+
 class Loader:
     """Batches of windows of a corpus, the same for the same seed, any step at once.
 
     A window is BOS and `window - 1` ids. The stream is taken as a ring. Each epoch starts at another place of the ring, goes once around it in
-    windows that don't overlap, and shuffles them. So an epoch shows every id once, save a remainder shorter than a window, and documents
+    windows that don't overlap, and shuffles them; of more than `SHUFFLED` windows every k-th is shuffled with its like, which takes less memory. So an epoch shows every id once, save a remainder shorter than a window, and documents
     are cut elsewhere each time. Batches run on from one epoch into the next."""
     def __init__(self,
         data: Dataset | IterableDataset | ByteStream | Iterable[str | bytes], # a corpus; a `ByteStream` saves encoding it again
@@ -546,10 +603,11 @@ class Loader:
         seed: int = 0,
     ):
         if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self.stream = data if isinstance(data, ByteStream) else ByteStream(data)
+        self.stream = stream_of(data)
         self.window, self.batch_size, self.seed = window, batch_size, seed
         self.windows_per_epoch = self.stream.windows(window)
-        self.epoch, self.starts = None, None # the epoch that `starts` belongs to
+        self.blocks = -(-self.windows_per_epoch // SHUFFLED) # k
+        self.block, self.starts = None, None # the epoch and block that `starts` belongs to
 
     @property
     def identity(self) -> dict: # JSON
@@ -561,23 +619,34 @@ class Loader:
         "Batches until every window of an epoch has been seen."
         return -(-self.windows_per_epoch // self.batch_size)
 
-    def epoch_starts(self,
+    def block_starts(self,
         epoch: int, # from 0
-    ) -> np.ndarray: # (windows_per_epoch,) where in the stream each window's first byte is, in the order in which they come
-        "The windows of an epoch. The last epoch asked for is kept."
-        if epoch != self.epoch:
+        block: int, # from 0
+    ) -> np.ndarray: # where in the stream the first byte of window block, block + k, block + 2k, ... of an epoch is, in the order in which they come
+        "The windows that are shuffled together. The last ones asked for are kept."
+        if (epoch, block) != self.block:
             rng = np.random.default_rng([self.seed, epoch])
             first = rng.integers(len(self.stream))
-            self.epoch, self.starts = epoch, (first + rng.permutation(self.windows_per_epoch) * (self.window - 1)) % len(self.stream)
+            if block: rng = np.random.default_rng([self.seed, epoch, block])
+            numbers = block + self.blocks * rng.permutation(len(range(block, self.windows_per_epoch, self.blocks)))
+            self.block, self.starts = (epoch, block), (first + numbers * (self.window - 1)) % len(self.stream)
         return self.starts
+
+    def start(self,
+        number: int, # of a window, from 0, also beyond the first epoch
+    ) -> int: # where in the stream its first byte is
+        "The blocks of an epoch come one after the other."
+        epoch, number = divmod(number, self.windows_per_epoch)
+        size, larger = divmod(self.windows_per_epoch, self.blocks) # the first blocks may have one window more
+        block = number // (size + 1) if number < larger * (size + 1) else larger + (number - larger * (size + 1)) // size
+        return self.block_starts(epoch, block)[number - block * size - min(block, larger)]
 
     def places(self,
         step: int, # from 0, also beyond the first epoch
     ) -> np.ndarray: # (B, T - 1) where in the stream the ids of a batch are
         "The windows of a step, whatever was asked for before."
         if step < 0: raise ValueError(f"step is {step}; steps count from 0")
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        starts = np.array([self.epoch_starts(n // self.windows_per_epoch)[n % self.windows_per_epoch] for n in numbers])
+        starts = np.array([self.start(number) for number in range(step * self.batch_size, (step + 1) * self.batch_size)])
         return (starts[:, None] + np.arange(self.window - 1)) % len(self.stream)
 
     def batch(self,
@@ -634,7 +703,7 @@ def eval_windows(
     stride: int | None = None, # see `eval_spans`
 ) -> Iterator[tuple[Tensor, Tensor]]: # ids (t,) with t <= T, score (t - 1,) bool: whether predicting ids[i + 1] from ids[:i + 1] counts
     "The windows to score a corpus with, document by document."
-    stream = data if isinstance(data, ByteStream) else ByteStream(data)
+    stream = stream_of(data)
     for first, scored, end in eval_spans(stream, window, stride):
         ids = np.concatenate([[BOS_ID], stream.ids[first:end]]).astype(np.int64)
         yield torch.from_numpy(ids), torch.arange(first, end) >= scored
@@ -647,7 +716,7 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # ids (B, T) filled up with PAD_ID, lengths (B,), score (B, T - 1) bool, never true in the filling
     "The windows of `eval_windows` in batches of similar lengths, the longest first, so that what is too big for memory fails at once."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    stream = data if isinstance(data, ByteStream) else ByteStream(data)
+    stream = stream_of(data)
     spans = eval_spans(stream, window, stride)
     spans = spans[np.argsort(spans[:, 0] - spans[:, 2], kind="stable")]
     for batch in np.split(spans, range(batch_size, len(spans), batch_size)):

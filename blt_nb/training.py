@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm.auto import tqdm
 
-from .data import OFFSET, SPLITS, ByteStream, data_dir, eval_batches, fingerprint, load_corpus
+from .data import OFFSET, SPLITS, data_dir, eval_batches, eval_spans, fingerprint, load_corpus, stream_of
 from .transformer import Block
 
 # %% ../nbs/03_training.ipynb #ba598399
@@ -623,12 +623,12 @@ def bits_per_byte(
     precision: str | None = None, # "bf16" or "no"; None: `fast_precision()`
 ) -> float: # bits per byte: the bits that all bytes and document ends cost, over the number of bytes
     "Score text: every byte once. `ValueError` when there is no text."
-    stream = data if isinstance(data, ByteStream) else ByteStream(data)
+    stream = stream_of(data)
     if len(stream) == len(stream.ends): raise ValueError("there is no text to score: 0 bytes")
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    nats, count = 0.0, 0
-    for ids, lengths, score in tqdm(list(eval_batches(stream, window, batch_size, stride)), disable=not progress, leave=False, desc="scoring"):
+    nats, count, batches = 0.0, 0, -(-len(eval_spans(stream, window, stride)) // batch_size)
+    for ids, lengths, score in tqdm(eval_batches(stream, window, batch_size, stride), total=batches, disable=not progress, leave=False, desc="scoring"):
         ids, lengths, score = ids.to(device), lengths.to(device), score.to(device)
         with autocast(device, precision): logits = model(ids, model.segment(ids, lengths)) if hasattr(model, "segment") else model(ids)
         loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
