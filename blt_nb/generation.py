@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import BOS_ID, EOS_ID, MAX_ROW, OFFSET, check_ids, encode
-from .entropy import PIECE, EntropyModel, NgramConfig
+from .entropy import PIECE, EntropyModel, NgramConfig, entropy_of
 from .model import BLT, Level
 from .patching import Patcher, ThresholdPatcher, check_bytes_only, is_spacelike
 from .transformer import Transformer
@@ -141,8 +141,7 @@ class EntropyModelState:
     ) -> Tensor: # (T,) nats, float32: the entropy of the id after each
         context = self.window.ids
         self.window.push(ids)
-        log_p = self.model(ids, self.caches, context)[0].float().log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)
+        return entropy_of(self.model(ids, self.caches, context)[0])
 
 # %% ../nbs/09_generation.ipynb #cf5d6be2
 class ThresholdState(PatcherState):

@@ -32,14 +32,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .data import EMBEDDED, OFFSET, VOCAB_SIZE, ByteStream, Loader, data_dir, encode, load_corpus, load_passages, name_hash, to_bytes
-from .entropy import EntropyConfig, EntropyModel, NgramConfig, entropy_config
+from .entropy import EntropyConfig, EntropyModel, NgramConfig, entropy_config, entropy_of
 from .evaluation import TokenConfig, TokenModel, TokenStream, Vocabulary, cutting_flops, score
 from .generation import State
 from .local import Pool, Unpool, segment_max
 from .model import BLT, BLTConfig, Level, LevelConfig, blt_config, flops_per_byte, lm_flops_per_byte, transformer_flops
 from .patching import EntropyPatcher, Patcher, Patches, SpacePatcher, StaticPatcher, cut as cut_by_scores, find_threshold, train_bpe
 from .pretrained import from_transformers
-from .stacked import SurprisalHead, SurprisalPatcher, entropy_of, stacked_config
+from .stacked import SurprisalHead, SurprisalPatcher, stacked_config
 from .training import PRESETS, autocast, fit, hardware, next_id_loss, param_groups, preset, preset_name, round_bf16
 from .transformer import TransformerConfig, masked_attention, rope_table, window_mask
 
@@ -213,8 +213,7 @@ def predict(model: BLT | EntropyModel | TokenModel, x: Tensor) -> Tensor: # (B, 
 
 def predict_entropy(model: BLT | EntropyModel, x: Tensor) -> Tensor: # (B, T) nats
     "How uncertain the next id is."
-    log_p = predict(model, x).float().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return entropy_of(predict(model, x))
 
 def predict_loss(model: BLT | EntropyModel | TokenModel, x: Tensor, ids: Tensor) -> Tensor: # nats
     "And the loss, without keeping logits in float32."
