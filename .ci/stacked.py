@@ -17,7 +17,7 @@ import torch
 
 from blt_nb.data import Loader, fingerprint
 from blt_nb.evaluation import Table, cache_folder
-from blt_nb.model import BLT, BLTConfig, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, training_flops
+from blt_nb.model import BLT, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, silenced, training_flops
 from blt_nb.patching import StaticPatcher, calibrate
 from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalPatcher, stack, stacked_config, train_surprisal_head
 from blt_nb.training import bits_per_byte, fit, folder_of, hardware, load_splits, preset, preset_name
@@ -25,11 +25,11 @@ from blt_nb.training import bits_per_byte, fit, folder_of, hardware, load_splits
 STEPS = {"ci": 8, "laptop": 600, "gpu": 600}[preset_name()]  # of the one-level model; the others spend as many FLOPs
 SEEDS = (0, 1, 2)
 RULES = ("U high", "U risen", "every n-th", *CONTROLS)
-LR = {"grown": 2e-3, "scratch": 5e-3}  # peaks; models that go on from a training take the lower one
-SETTINGS = {  # options of the levels
-    "grown": dict(),
-    "scratch": dict(),
-    "scratch, normed": dict(norm=True),
+SETTINGS = {  # peak learning rates, and what differs from the package's models
+    "grown": dict(lr=1e-3),  # on top of the committed one-level model: what goes on from a training takes smaller steps
+    "scratch": dict(lr=preset("stacked").lr),
+    "scratch, no norm": dict(lr=preset("stacked").lr, norm=False),
+    "scratch, one rate": dict(lr=5e-3, scaled=False),  # for all parameters; 5e-3 was the best single one
 }
 
 
@@ -51,14 +51,16 @@ class Run:
 def runs():
     "What to run, the most telling first."
     found = []
-    for setting in SETTINGS:
+    for setting in ("grown", "scratch"):
         for seed in SEEDS:
             found += [Run("one level", seed=seed, setting=setting), Run("one level, one block more", seed=seed, setting=setting)]
             found += [Run("two levels", rule, 4.0, seed, setting=setting) for rule in RULES]
     for seed in SEEDS:
-        found += [Run("one level", seed=seed, budgets=4, setting="scratch, normed")]
-        found += [Run("two levels", rule, 4.0, seed, 4, "scratch, normed") for rule in ("U high", "every n-th", "random", "byte entropy")]
-        found += [Run("two levels", rule, mean, seed, setting="scratch, normed") for mean in (2.0, 6.0, 8.0) for rule in ("U high", "every n-th")]
+        found += [Run("one level", seed=seed, budgets=4, setting="scratch")]
+        found += [Run("two levels", rule, 4.0, seed, 4, "scratch") for rule in ("U high", "every n-th", "random", "byte entropy")]
+        found += [Run("one level", seed=seed, setting="scratch, one rate")]
+        found += [Run("two levels", rule, 4.0, seed, setting=setting) for setting in ("scratch, no norm", "scratch, one rate") for rule in ("U high", "every n-th")]
+        found += [Run("two levels", rule, mean, seed, setting="scratch") for mean in (2.0, 6.0, 8.0) for rule in ("U high", "every n-th")]
         found += [Run("three levels", "U high", 4.0, seed, 2), Run("one level", seed=seed, budgets=2), Run("two levels", "U high", 4.0, seed, 2)]
     return sorted(found, key=lambda r: -r.budgets)  # long ones first
 
@@ -83,8 +85,9 @@ def patcher_for(rule, mean, blt, seed):
 
 
 def fresh(config, patchers, setting, seed):
-    "A model with random weights, and the options of a setting."
-    config.levels = [dataclasses.replace(level, **SETTINGS[setting]) for level in config.levels]
+    "A model with random weights, as a setting has it."
+    if "norm" in SETTINGS[setting]:
+        config.levels = [dataclasses.replace(level, norm=SETTINGS[setting]["norm"]) for level in config.levels]
     torch.manual_seed(seed)
     return BLT(config, copy.deepcopy(list(patchers)))
 
@@ -102,6 +105,15 @@ def one_level(r, trained):
     return blt
 
 
+def latent_worth(blt):
+    "How many more bits a byte of some validation text costs when what the innermost transformer says is replaced by zeros."
+    valid, window = load_splits()[1], preset("data").window
+    some = valid.select(range(0, len(valid), 8))
+    with silenced(blt):
+        alone = bits_per_byte(blt, some, window)
+    return alone - bits_per_byte(blt, some, window)
+
+
 def train_for(blt, budget, r):
     "Train for a budget of FLOPs; what was spent and seen."
     train, data = load_splits()[0], preset("data")
@@ -109,7 +121,7 @@ def train_for(blt, budget, r):
     each = training_flops(blt, mean_lengths(blt, sample, data.window), data.window) * data.batch_size * (data.window - 1)
     steps = max(1, round(budget / each))
     blt.requires_grad_(True).patchers.requires_grad_(False)
-    history = fit(blt, loader(blt, train, r.seed + 100), steps, LR[r.setting.split(",")[0]], title=r.name)
+    history = fit(blt, loader(blt, train, r.seed + 100), steps, SETTINGS[r.setting]["lr"], title=r.name, scaled=SETTINGS[r.setting].get("scaled", True))
     blt.eval()
     return dict(steps=steps, training_flops=steps * each, bytes_seen=int(history.bytes.iloc[-1]), seconds=float(history.seconds.iloc[-1]))
 
@@ -136,7 +148,7 @@ def run(r):
     return row | dict(bpb=bits_per_byte(blt, valid, data.window), flops_per_byte=sum(flops_per_byte(blt.config, lengths, data.window).values()),
                       cutting_flops_per_byte=sum(sum(flops_per_byte(maker, lengths[:len(maker.levels)], data.window).values()) for maker in makers),
                       **{f"mean_{i + 1}": length for i, length in enumerate(lengths)}, parameters=sum(q.numel() for q in blt.parameters() if q.requires_grad),
-                      lr=LR[r.setting.split(",")[0]], all_seconds=round(time.perf_counter() - began, 1), preset=preset_name(),
+                      lr=SETTINGS[r.setting]["lr"], latent_worth=latent_worth(blt), all_seconds=round(time.perf_counter() - began, 1), preset=preset_name(),
                       corpus=fingerprint(load_splits()[0]), hardware=hardware(), torch=torch.__version__)
 
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LevelConfig', 'BLTConfig', 'Level', 'BLT', 'entropy_patcher', 'select', 'join', 'PatchedLoader', 'transformer_flops',
            'flops_per_byte', 'lm_flops_per_byte', 'blt_config', 'mean_lengths', 'training_flops', 'fit_blt', 'save_blt',
-           'train_blt', 'get_blt', 'train_byte_model']
+           'train_blt', 'get_blt', 'train_byte_model', 'silenced']
 
 # %% ../nbs/08_blt.ipynb #586374c3
-import copy, dataclasses, math
-from collections.abc import Sequence
+import contextlib, copy, dataclasses, math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -419,3 +419,15 @@ def train_byte_model(
     bpb = bits_per_byte(round_bf16(model), valid, data.window)
     save_stage("byte", model, history, seed=seed, bpb=bpb, flops_per_byte=each, training_flops=3 * each * history.bytes.iloc[-1])
     return model.eval(), history
+
+# %% ../nbs/08_blt.ipynb #8d022b9a
+@contextlib.contextmanager
+def silenced(
+    blt: BLT, # any number of levels
+) -> Iterator[None]:
+    "In this context the innermost transformer says zeros: what a model knows without it."
+    level = blt.level
+    while isinstance(level, Level): level = level.inner
+    silencer = level.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    try: yield
+    finally: silencer.remove()
