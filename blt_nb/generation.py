@@ -209,7 +209,7 @@ class LevelState:
     ):
         self.level, self.encoder = level, TransformerState(level.encoder.transformer)
         self.inner = LevelState(level.inner) if isinstance(level.inner, Level) else TransformerState(level.inner)
-        self.caches = level.decoder.transformer.caches() if level.decoder else None
+        self.caches = level.decoder.transformer.caches()
         self.open = None   # (1, n, d) the encoder's output for the items of the open group
         self.known = None  # what the decoder knows of the last complete group, see `LocalDecoder.known`
         self.open_end = open_end
@@ -218,11 +218,10 @@ class LevelState:
         x: Tensor,      # (1, T, d) new items, perhaps none
         ends: Tensor,   # (T,) bool: does a group end with this item? The first item of a text ends one
         *inner: Tensor, # the same for the levels inside
-    ) -> Tensor: # (1, T, d) what is known for predicting the item after each; from a level that only reads, the innermost transformer's new outputs
-        if not x.shape[1] and self.level.decoder: return x
+    ) -> Tensor: # (1, T, d) what is known for predicting the item after each
+        if not x.shape[1]: return x
         x = self.encoder.push(x)
         groups = self.inner.push(self.pool(x, ends), *inner)
-        if self.level.decoder is None: return groups
         sources = ends.cumsum(0) - 1
         known = self.known
         if groups.shape[1]:
@@ -253,7 +252,7 @@ class LevelState:
 class NetworkState:
     "Embeddings and levels of a `BLT` that go on where they were. The cuts come from outside."
     def __init__(self,
-        blt: BLT, # with or without decoders
+        blt: BLT,
     ):
         open_end = len(blt.patchers) > 0 and blt.patchers[0].open_end
         self.blt, self.window, self.level = blt, IdWindow(blt.config.ngrams), LevelState(blt.level, open_end)
@@ -286,11 +285,10 @@ class State:
     """A text that a BLT has read so far, and what it takes to go on: logits are those of a full forward pass, at the cost of the new ids only.
 
     Caches of windowed attention hold a window. Where the latent transformer has no window, its cache grows with the patches, and its rotary positions go
-    on beyond the length it was trained with. `ValueError` for a BLT without decoder, or without a patcher for each level."""
+    on beyond the length it was trained with. `ValueError` for a BLT without a patcher for each level."""
     def __init__(self,
         blt: BLT,
     ):
-        if blt.config.levels[0].decoder is None: raise ValueError("this BLT only reads, it has no decoder; generate with the model that it was taken from")
         if len(blt.patchers) != len(blt.config.levels):
             raise ValueError(f"this model has {len(blt.config.levels)} levels and {len(blt.patchers)} patchers; build it with one a level, BLT(config, patchers=[...])")
         self.blt, self.patchers, self.network = blt, [patcher_state(patcher) for patcher in blt.patchers], NetworkState(blt)

@@ -35,7 +35,7 @@ class LevelConfig:
 
     The defaults are ours; published models have other settings (see `blt_nb.pretrained`)."""
     encoder: TransformerConfig
-    decoder: TransformerConfig | None = None # None: a level that only reads
+    decoder: TransformerConfig
     k: int | None = None       # vectors of the items' width that a group has; None: as many as its width holds
     skip: float = 1.0          # factor of the stream that cross-attention's result is added to; 2 in published models
     unpools: int | None = None # blocks of the decoder with cross-attention, from the first; None: all
@@ -47,11 +47,11 @@ class LevelConfig:
     def __post_init__(self):
         if isinstance(self.encoder, dict): self.encoder = TransformerConfig(**self.encoder)
         if isinstance(self.decoder, dict): self.decoder = TransformerConfig(**self.decoder)
-        if self.decoder is not None and self.decoder.width != self.encoder.width:
+        if self.decoder.width != self.encoder.width:
             raise ValueError(f"the decoder is {self.decoder.width} wide, the encoder {self.encoder.width}; items have one width, so make them equal")
         if self.k is not None and self.k < 1: raise ValueError(f"k is {self.k}; a group has at least one vector, or None for as many as its width holds")
-        if self.unpools is not None and (self.decoder is None or not 1 <= self.unpools <= self.decoder.layers):
-            raise ValueError(f"unpools is {self.unpools}; it must be from 1 to the {self.decoder.layers if self.decoder else 0} blocks of the decoder, or None for all")
+        if self.unpools is not None and not 1 <= self.unpools <= self.decoder.layers:
+            raise ValueError(f"unpools is {self.unpools}; it must be from 1 to the {self.decoder.layers} blocks of the decoder, or None for all")
 
 @dataclass
 class BLTConfig:
@@ -80,7 +80,7 @@ class Level(nn.Module):
         self.inner = Level(rest, latent) if rest else Transformer(latent)
         group_width = rest[0].encoder.width if rest else latent.width
         self.encoder = LocalEncoder(config.encoder, group_width, config.k, config.skip, config.idle_pools, config.pool, config.norm)
-        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools, config.unpool, config.norm) if config.decoder else None
+        self.decoder = LocalDecoder(config.decoder, group_width, config.k, config.skip, config.unpools, config.unpool, config.norm)
 
     def forward(self,
         x: Tensor,                  # (B, T, d) items
@@ -115,9 +115,8 @@ class BLT(nn.Module, Pretrained):
         nn.init.normal_(self.embed.weight, std=width ** -0.5)
         self.ngrams = NgramEmbedding(config.ngrams, width) if config.ngrams else None
         self.level = Level(config.levels, config.latent)
-        if config.levels[0].decoder is not None:
-            self.norm, self.head = RMSNorm(width, config.levels[0].decoder.eps), None if config.tied else Linear(width, VOCAB_SIZE)
-            if self.head is not None: init_linear(self.head)
+        self.norm, self.head = RMSNorm(width, config.levels[0].decoder.eps), None if config.tied else Linear(width, VOCAB_SIZE)
+        if self.head is not None: init_linear(self.head)
 
     @torch.no_grad()
     def segment(self,
@@ -305,14 +304,13 @@ def flops_per_byte(
         parts[f"{name} encoder"] = share * transformer_flops(level.encoder, length)
         parts[f"{name} pooling"] = share / mean * (2 * d * k * d + (2 * k * d * inner if k * d != inner else 0))
         if level.pool == "attention": parts[f"{name} pooling"] += share * 4 * d * keys(level.encoder) + share / mean * k * 4 * d * d
-        if level.decoder is not None:
-            unpools = level.unpools or level.decoder.layers
-            look = share * 4 * d * d + share / mean * k * 4 * d * keys(level.decoder) if level.unpool == "attention" else share / mean * 2 * k * d * d
-            parts[f"{name} unpooling"] = share / mean * 2 * inner * k * d + unpools * look
-            parts[f"{name} decoder"] = share * transformer_flops(level.decoder, length)
+        unpools = level.unpools or level.decoder.layers
+        look = share * 4 * d * d + share / mean * k * 4 * d * keys(level.decoder) if level.unpool == "attention" else share / mean * 2 * k * d * d
+        parts[f"{name} unpooling"] = share / mean * 2 * inner * k * d + unpools * look
+        parts[f"{name} decoder"] = share * transformer_flops(level.decoder, length)
         share, length = share / mean, length / mean
     parts["latent"] = share * transformer_flops(config.latent, length)
-    if config.levels[0].decoder is not None: parts["head"] = 2.0 * config.levels[0].encoder.width * VOCAB_SIZE
+    parts["head"] = 2.0 * config.levels[0].encoder.width * VOCAB_SIZE
     return parts
 
 def lm_flops_per_byte(

@@ -119,13 +119,12 @@ def config_to_published(
     model = EntropyConfig(**rules["model"]) if rules.get("kind") == "entropy" else None
     problems = [problem for holds, problem in (
         (len(config.levels) == 1, f"it has {len(config.levels)} levels"),
-        (level.decoder is not None, "it has no decoder"),
         (level.skip == 2, f"cross-attention adds to the stream times {level.skip} (skip); there it is 2"),
         (level.idle_pools in (0, level.encoder.layers - 1), f"it carries {level.idle_pools} idle pools; there it is none, or one for each block but the last"),
-        (level.decoder is None or level.unpools in (None, 1, level.decoder.layers), f"{level.unpools} blocks unpool; there it is the first, or all"),
+        (level.unpools in (None, 1, level.decoder.layers), f"{level.unpools} blocks unpool; there it is the first, or all"),
         ((level.pool, level.unpool) == ("attention", "attention"), f"it pools by {level.pool} and unpools by {level.unpool}; there both are attention"),
         (level.encoder.layers > 0, "its encoder has no block"),
-        (level.decoder is None or level.encoder.window == level.decoder.window, "encoder and decoder have different windows"),
+        (level.encoder.window == level.decoder.window, "encoder and decoder have different windows"),
         (latent.window is None, f"the latent transformer has a window of {latent.window}"),
         (ngrams is not None and ngrams.width is None, "its n-gram rows are projected, or there are none (ngrams)"),
         (model is not None or (rules.get("kind"), rules.get("stride")) == ("static", 1), "its patcher is neither an EntropyPatcher nor StaticPatcher(1)"),

@@ -696,9 +696,9 @@ class Reading:
 
 def model_of(
     what, # what `patchers_of` takes
-): # a BLT that writes, an EntropyModel, or None
+): # a BLT, an EntropyModel, or None
     "The model to ask: the BLT itself, or the entropy model of its outermost patcher that has one."
-    if hasattr(what, "level") and what.level.decoder is not None: return what
+    if hasattr(what, "level"): return what
     return next((patcher.model for patcher in patchers_of(what) if isinstance(getattr(patcher, "model", None), EntropyModel)), None)
 
 def read_level(
