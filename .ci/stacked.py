@@ -6,6 +6,7 @@ Grown models go on from the committed one-level BLT of the running preset; the o
 import argparse
 import copy
 import dataclasses
+import hashlib
 import math
 import multiprocessing
 import os
@@ -14,12 +15,14 @@ import time
 import traceback
 
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from blt_nb.data import Loader, fingerprint
-from blt_nb.evaluation import Table, cache_folder
+from blt_nb.evaluation import Table, cache_folder, patcher_key, remembered
 from blt_nb.model import BLT, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, silenced, training_flops
 from blt_nb.patching import StaticPatcher, calibrate
-from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalPatcher, stack, stacked_config, train_surprisal_head
+from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalHead, SurprisalPatcher, stack, stacked_config, train_surprisal_head
 from blt_nb.training import bits_per_byte, fit, folder_of, hardware, load_splits, preset, preset_name
 
 STEPS = {"ci": 8, "laptop": 600, "gpu": 600}[preset_name()]  # of the one-level model; the others spend as many FLOPs
@@ -67,7 +70,23 @@ def runs():
 
 def loader(blt, split, seed):
     data = preset("data")
-    return PatchedLoader(Loader(split, data.window, data.batch_size, seed), blt.segment)
+    return PatchedLoader(Loader(split, data.window, data.batch_size, seed), remembered(blt.segment, patcher_key(blt.patchers)))
+
+
+def head_for(blt, seed):
+    "The surprisal head of a model, from the cache or trained now."
+    p, weights = preset("head"), hashlib.sha256()
+    for tensor in blt.state_dict().values():
+        weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    file = cache_folder().parent / "heads" / f"{weights.hexdigest()[:16]}-{seed}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            head, _ = train_surprisal_head(blt, loader(blt, load_splits()[0], seed + 2), p.hidden, p.steps, p.lr, seed)
+            save_file({name: tensor.cpu() for name, tensor in head.state_dict().items()}, file)
+    head = SurprisalHead(blt.config.levels[0].encoder.width, p.hidden)
+    head.load_state_dict(load_file(file))
+    return head.to(next(blt.parameters()).device)
 
 
 def patcher_for(rule, mean, blt, seed):
@@ -76,7 +95,7 @@ def patcher_for(rule, mean, blt, seed):
         return StaticPatcher(round(mean))
     head, longest, batches = preset("head"), max(preset("stacked").max_group, 4 * round(mean)), loader(blt, load_splits()[0], seed + 2)
     if rule.startswith("U"):
-        patcher = SurprisalPatcher(blt.reader(), train_surprisal_head(blt, batches, head.hidden, head.steps, head.lr, seed)[0], max_length=longest)
+        patcher = SurprisalPatcher(blt.reader(), head_for(blt, seed), max_length=longest)
     else:
         patcher = ControlPatcher(rule, blt.patchers[0], max_length=longest)
     device = next(blt.parameters()).device

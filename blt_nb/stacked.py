@@ -201,7 +201,7 @@ class ControlPatcher(ThresholdPatcher):
     ):
         super().__init__(threshold, None, max_length)
         if score not in CONTROLS: raise ValueError(f"score is {score!r}; take one of {', '.join(map(repr, CONTROLS))}")
-        self.score = {"random": dice, "punctuation": punctuation, "byte entropy": bytes_.scores if bytes_ is not None else None}[score]
+        self.kind, self.score = score, {"random": dice, "punctuation": punctuation, "byte entropy": bytes_.scores if bytes_ is not None else None}[score]
 
     @torch.no_grad()
     def scores(self, ids, lengths=None, below=()): return self.score(ids).gather(1, last_bytes(below))
