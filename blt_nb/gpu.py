@@ -36,7 +36,7 @@ from .entropy import EntropyConfig, EntropyModel, NgramConfig, entropy_config, e
 from .evaluation import TokenConfig, TokenModel, TokenStream, Vocabulary, cutting_flops, score
 from .generation import State
 from .local import Pool, Unpool, segment_max
-from .model import BLT, BLTConfig, Level, LevelConfig, blt_config, flops_per_byte, lm_flops_per_byte, transformer_flops
+from .model import BLT, BLTConfig, Level, LevelConfig, blt_config, flops_per_byte, lm_flops_per_byte, silenced, transformer_flops
 from .patching import EntropyPatcher, Patcher, Patches, SpacePatcher, StaticPatcher, cut as cut_by_scores, find_threshold, train_bpe
 from .pretrained import from_transformers
 from .stacked import SurprisalHead, SurprisalPatcher, stacked_config
@@ -1111,6 +1111,7 @@ class Bench:
             run.note(name, "cutting for a byte, counted nowhere else", cutting_flops(patchers, loader.means, self.shape[1]) / 1e6, "MFLOP")
             train(run, name, model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, lr, self.matmul, keep=self.keep)
             self.score(name, model, self.shape[1])
+            with silenced(model): run.note(name, "bpb on docs without its latent", score(model, self.valid["docs"], self.shape[1]).bpb, "bits/byte")
             return model.state_dict()
         state, model = run.stage(name, make), BLT(config, patchers).to(run.device)
         model.load_state_dict(state)
