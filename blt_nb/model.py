@@ -191,7 +191,8 @@ class BLT(nn.Module, Pretrained):
         **kwargs,         # passed on to `huggingface_hub`, for example revision="main"
     ) -> "BLT":
         "The model, in float32 and for use (`eval`): what `save_pretrained` wrote, or published weights (see `blt_nb.pretrained`). Errors as in `Pretrained`."
-        from blt_nb.pretrained import load_published # it builds on this module
+        import blt_nb.stacked # so that its patcher is known; this and the next build on this module
+        from blt_nb.pretrained import load_published
         published = load_published(path, **kwargs)
         return super().from_pretrained(path, **kwargs) if published is None else published
 
