@@ -779,7 +779,7 @@ class Pretrained(ModelHubMixin):
 PRESETS = {
     "ci": {
         "data": dict(window=128, batch_size=4, valid_documents=2),
-        "entropy": dict(width=32, layers=1, heads=2, attention=64, ngram_sizes=(2, 3, 4), ngram_rows=2048, ngram_width=16, steps=120, lr=5e-3),
+        "entropy": dict(width=32, layers=1, heads=2, attention=64, ngram_sizes=(2, 3, 4), ngram_rows=2048, ngram_width=16, steps=120, lr=2.5e-3),
         "blt": dict(width=32, heads=2, attention=64, encoder_layers=1, decoder_layers=1, latent_width=64, latent_layers=2, latent_heads=2,
                     ngram_sizes=(3, 4, 5), ngram_rows=2048, ngram_width=16, mean_patch=4.5, max_patch=24, steps=120, lr=4e-3),
         "byte": dict(width=64, layers=1, heads=2, lr=4e-3),
