@@ -32,7 +32,7 @@ SETTINGS = {  # peak learning rates, and what differs from the package's models
     "grown": dict(lr=1e-3),  # on top of the committed one-level model: what goes on from a training takes smaller steps
     "scratch": dict(lr=preset("stacked").lr),
     "scratch, no norm": dict(lr=preset("stacked").lr, norm=False),
-    "scratch, one rate": dict(lr=5e-3, scaled=False),  # for all parameters; 5e-3 was the best single one
+    "scratch, one rate": dict(lr=5e-3, scaled=False),  # for all parameters
 }
 
 

@@ -7,9 +7,9 @@ __all__ = ['NOISES', 'CONTESTANTS', 'JUDGES', 'SCALES', 'Vocabulary', 'TokenStre
            'score', 'noised', 'scale', 'Experiment', 'resolve', 'experiments', 'cache_folder', 'kept', 'train_stream',
            'train_documents', 'vocabulary_of', 'patcher_key', 'remembered', 'device', 'trained_entropy_model',
            'committed', 'entropy_patches', 'patchers_of', 'ngrams_of', 'blt_config_of', 'Setup', 'cutting_flops',
-           'set_up', 'sample', 'other_texts', 'noise_texts', 'score_texts', 'latent_worth', 'parameters_by_part',
-           'run_contestant', 'run_entropy_model', 'run_compressor', 'run_drift', 'run', 'Table', 'open_experiments',
-           'work', 'guessed_steps', 'progress', 'worker', 'main', 'bits_per_byte']
+           'set_up', 'sample', 'other_texts', 'noise_texts', 'score_texts', 'parameters_by_part', 'run_contestant',
+           'run_entropy_model', 'run_compressor', 'run_drift', 'run', 'Table', 'open_experiments', 'work',
+           'guessed_steps', 'progress', 'worker', 'main', 'bits_per_byte']
 
 # %% ../nbs/11_evaluation.ipynb #088153c6
 import argparse, contextlib, dataclasses, functools, hashlib, json, math, multiprocessing, os, platform, shutil, time, traceback
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from .data import COMPRESSORS, OFFSET, ByteStream, Loader, compressed_bpb, data_dir, documents, encode, eval_batches, fingerprint, load_corpus, load_passages, name_hash
 from .entropy import EntropyConfig, EntropyModel, NgramConfig
-from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, flops_per_byte, lm_flops_per_byte, silenced, transformer_flops
+from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, flops_per_byte, lm_flops_per_byte, transformer_flops
 from .patching import BPEPatcher, EntropyPatcher, Patcher, Patches, SpacePatcher, StaticPatcher, byte_alphabet, calibrate, mean_length, train_bpe
 from .stacked import SurprisalPatcher, get_stacked
 from .training import autocast, bits_per_byte, fit, folder_of, hardware, load_splits, preset, preset_name, replace_folder, round_bf16
@@ -196,14 +196,14 @@ JUDGES = {"byte": "byte-level", "bpe": "BPE 4k", "blt": "BLT entropy", "stacked"
 
 SCALES = {
     "ci": dict(
-        budgets=(1e9, 3e9), batches=(4, 4), candidates=(("S",), ("S", "M")), grid=(2e-3, 4e-3), seeds={1: (0,)}, train_every=25,
+        budgets=(1e9, 3e9), batches=(4, 4), candidates=(("S",), ("S", "M")), grid=(5e-3, 1e-2), seeds={1: (0,)}, train_every=25,
         sizes=dict(byte=dict(S=dict(width=32, layers=1, heads=2), M=dict(width=48, layers=1, heads=2)),
                    bpe=dict(S=dict(width=32, layers=1, heads=2), M=dict(width=48, layers=1, heads=2)),
                    blt=dict(S=dict(width=16, heads=2, latent_width=32, latent_heads=2, latent_layers=2), M=dict(width=32, heads=2, latent_width=64, latent_heads=2, latent_layers=2))),
         vocabularies={"1k": 300, "4k": 400}, code_bytes=0, noise_bytes=2_000, texts_from=1, mean_patches=(3, 4.5, 6), ablate_at=0, compare_at=0,
         entropy=dict(base={}, small=dict(width=16), wide=dict(attention=128)), entropy_steps=10, entropy_batch=4),
     "laptop": dict(
-        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(1.5e-3, 3e-3, 6e-3),
+        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(2e-3, 5e-3, 1.2e-2),
         seeds={1: (0, 1, 2), 2: (0, 1, 2)}, train_every=1,
         sizes=dict(byte=dict(S=dict(width=96, layers=2, heads=2), M=dict(width=128, layers=3, heads=2), L=dict(width=160, layers=4, heads=4)),
                    bpe=dict(S=dict(width=192, layers=2, heads=3), M=dict(width=256, layers=3, heads=4), L=dict(width=320, layers=3, heads=5)),
@@ -213,7 +213,7 @@ SCALES = {
         entropy=dict(base={}, small=dict(width=64, heads=1), large=dict(width=192, layers=2, heads=3), narrow=dict(attention=16), wide=dict(attention=512)),
         entropy_steps=600, entropy_batch=16),
     "gpu": dict(
-        budgets=(3e14, 9e14, 2.7e15, 8.1e15), batches=(8, 16, 32, 32), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(1.5e-3, 3e-3, 6e-3),
+        budgets=(3e14, 9e14, 2.7e15, 8.1e15), batches=(8, 16, 32, 32), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(5e-4, 1e-3, 2e-3),
         seeds={1: (0, 1, 2), 2: (0, 1, 2)}, train_every=1,
         sizes=dict(byte=dict(S=dict(width=256, layers=4, heads=4), M=dict(width=384, layers=6, heads=6), L=dict(width=512, layers=8, heads=8)),
                    bpe=dict(S=dict(width=384, layers=6, heads=6), M=dict(width=512, layers=10, heads=8), L=dict(width=768, layers=12, heads=12)),
@@ -232,7 +232,7 @@ def scale() -> SimpleNamespace:
 @dataclass(frozen=True)
 class Experiment:
     "What to train or to measure. With size and learning rate given it has a name, and is a row of the table."
-    part: str                  # what it is for: "learning rate", "sizes", "scaling", "seeds", "inference", "ablations", "rates", "drift", "compressors", "tried"
+    part: str                  # what it is for: "learning rate", "sizes", "scaling", "seeds", "inference", "ablations", "drift", "compressors", "tried"
     contestant: str            # one of `CONTESTANTS`, or "entropy model", "drift" or one of `COMPRESSORS`
     budget: int | None = None  # number of the training-FLOP budget, from 0
     seed: int = 0              # of weights and data order
@@ -272,7 +272,7 @@ def experiments() -> list[Experiment]: # what matters most comes first
     """The whole table of the running preset.
 
     Options are "n-grams" (largest n, or 0 for none), "pool" and "unpool" (see `blt_nb.model.LevelConfig`), "stride", "mean patch", "entropy" (which entropy model),
-    "reset" (at newlines), "latent layers", "local" (factor of the local models' width) and "one rate" (learning rates as in `fit(scaled=False)`)."""
+    "reset" (at newlines), "latent layers" and "local" (factor of the local models' width)."""
     s, all_ = scale(), list(CONTESTANTS)
     table = [Experiment("learning rate", c, 0, size=s.candidates[0][0], lr=lr) for c in all_ for lr in s.grid]
     table += [Experiment("sizes", c, b, size=size) for b in reversed(range(len(s.budgets))) for c in dict.fromkeys(JUDGES.values()) for size in s.candidates[b]]
@@ -290,7 +290,6 @@ def experiments() -> list[Experiment]: # what matters most comes first
     table += [blt("ablations", s.ablate_at, *options) for options in ((("pool", "max"),), (("pool", "mean"),), (("unpool", "add"),), (("pool", "max"), ("unpool", "add")), (("pool", "mean"), ("unpool", "add")))]
     table += [blt("ablations", s.ablate_at, ("entropy", name)) for name in s.entropy]
     table += [blt("ablations", s.ablate_at, ("reset", 1), contestant=c) for c in ("BLT entropy", "BLT entropy rise")]
-    table += [blt("rates", s.ablate_at, ("one rate", 1), lr_factor=factor, contestant=c) for c in dict.fromkeys(JUDGES.values()) for factor in (0.5, 1, 2)]
     table += seeds(others=True)
     table += [blt("tried", s.compare_at, ("stride", n), contestant="BLT static") for n in (5, 6)]
     table += [blt("tried", s.compare_at, ("local", factor)) for factor in (0.5, 2)]
@@ -445,12 +444,12 @@ def blt_config_of(
     p, z = preset("blt"), SimpleNamespace(**size)
     local = dict(width=int(z.width * options.get("local", 1)), heads=z.heads, window=p.attention)
     level = LevelConfig(TransformerConfig(layers=p.encoder_layers, **local), TransformerConfig(layers=p.decoder_layers, **local),
-                        pool=options.get("pool", "attention"), unpool=options.get("unpool", "attention"), norm=family == "stacked")
+                        pool=options.get("pool", "attention"), unpool=options.get("unpool", "attention"))
     levels, layers = [level], options.get("latent layers", z.latent_layers)
     if family == "stacked":
         q = preset("stacked")
         items = dict(width=z.latent_width, heads=z.latent_heads)
-        levels, layers = [level, LevelConfig(TransformerConfig(layers=q.encoder_layers, **items), TransformerConfig(layers=q.decoder_layers, **items), norm=True)], q.latent_layers
+        levels, layers = [level, LevelConfig(TransformerConfig(layers=q.encoder_layers, **items), TransformerConfig(layers=q.decoder_layers, **items))], q.latent_layers
     return BLTConfig(levels, TransformerConfig(width=z.latent_width, layers=layers, heads=z.latent_heads), ngrams_of(options))
 
 # %% ../nbs/11_evaluation.ipynb #991d42ce
@@ -548,14 +547,6 @@ def score_texts(
         else: row[f"bits a change {kind}"] = (result.bits - clean) / changed
     return row
 
-def latent_worth(
-    setup: Setup, # of a BLT
-) -> float: # bits a byte
-    "What the innermost transformer says: how many more bits a byte of some validation text costs when its output is replaced by zeros."
-    def bpb(): return score(setup.model, noise_texts()["clean"][0], setup.window).bpb
-    with silenced(setup.model): alone = bpb()
-    return alone - bpb()
-
 def parameters_by_part(
     model: nn.Module,
 ) -> dict[str, int]: # columns of the table
@@ -579,7 +570,7 @@ def run_contestant(
     row = dict(steps=steps, flops_per_byte=setup.flops, cutting_flops_per_byte=setup.cutting_flops, bytes_an_id=setup.bytes_an_id,
                mean_patch=setup.lengths[0] if setup.lengths else math.nan, mean_group=setup.lengths[1] if len(setup.lengths) > 1 else math.nan) | parameters_by_part(setup.model)
     folder = cache_folder() / "runs" / hashlib.sha256(e.name.encode()).hexdigest()[:24] # an interrupted run goes on from there
-    try: history = fit(setup.model, setup.loader, steps, e.lr, title=e.name, checkpoint=folder, checkpoint_every=500, scaled=not dict(e.options).get("one rate"))
+    try: history = fit(setup.model, setup.loader, steps, e.lr, title=e.name, checkpoint=folder, checkpoint_every=500)
     except FloatingPointError:
         shutil.rmtree(folder, ignore_errors=True)
         return row | dict(bpb=math.nan)
@@ -587,7 +578,6 @@ def run_contestant(
     round_bf16(setup.model)
     row |= dict(bpb=score(setup.model, load_splits()[1], setup.window, setup.vocabulary).bpb, bytes_seen=round(seen), training_flops=3 * setup.flops * seen,
                 seconds=round(float(history.seconds.iloc[-1]), 2))
-    if isinstance(setup.model, BLT): row["latent worth"] = latent_worth(setup)
     if e.budget >= s.texts_from and not e.options: row |= score_texts(setup)
     shutil.rmtree(folder)
     return row
