@@ -19,10 +19,10 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from blt_nb.data import Loader, fingerprint
-from blt_nb.evaluation import Table, cache_folder, patcher_key, remembered
-from blt_nb.model import BLT, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, silenced, training_flops
+from blt_nb.evaluation import Table, cache_folder, on_its_gpu, patcher_key, remembered
+from blt_nb.model import BLT, Level, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, silenced, training_flops
 from blt_nb.patching import StaticPatcher, calibrate
-from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalHead, SurprisalPatcher, stack, stacked_config, train_surprisal_head
+from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalHead, SurprisalPatcher, SurprisalReader, stack, stacked_config, train_surprisal_reader
 from blt_nb.training import bits_per_byte, fit, folder_of, hardware, load_splits, preset, preset_name
 
 STEPS = {"ci": 8, "laptop": 600, "gpu": 600}[preset_name()]  # of the one-level model; the others spend as many FLOPs
@@ -32,14 +32,18 @@ SETTINGS = {  # peak learning rates, and what differs from the package's models
     "grown": dict(lr=1e-3),  # on top of the committed one-level model: what goes on from a training takes smaller steps
     "scratch": dict(lr=preset("stacked").lr),
     "scratch, no norm": dict(lr=preset("stacked").lr, norm=False),
+    "scratch, one pace": dict(lr=preset("stacked").lr, pace=1.0),  # networks inside a level learn as fast as those outside
     "scratch, one rate": dict(lr=5e-3, scaled=False),  # for all parameters
 }
+
+
+BLOCKS = {"one level": 0, "one level, one block more": 1, "one level, one block fewer": -1}  # of the latent transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     "One row of the table."
-    model: str               # "one level", "one level, one block more", "two levels" or "three levels"
+    model: str               # "one level" (perhaps with a block more or fewer, see `BLOCKS`), "two levels" or "three levels"
     rule: str = ""           # what cuts the innermost patches
     asked: float = math.nan  # their mean length
     seed: int = 0
@@ -54,15 +58,14 @@ class Run:
 def runs():
     "What to run, the most telling first."
     found = []
-    for setting in ("grown", "scratch"):
-        for seed in SEEDS:
-            found += [Run("one level", seed=seed, setting=setting), Run("one level, one block more", seed=seed, setting=setting)]
-            found += [Run("two levels", rule, 4.0, seed, setting=setting) for rule in RULES]
     for seed in SEEDS:
-        found += [Run("one level", seed=seed, budgets=4, setting="scratch")]
-        found += [Run("two levels", rule, 4.0, seed, 4, "scratch") for rule in ("U high", "every n-th", "random", "byte entropy")]
-        found += [Run("one level", seed=seed, setting="scratch, one rate")]
-        found += [Run("two levels", rule, 4.0, seed, setting=setting) for setting in ("scratch, no norm", "scratch, one rate") for rule in ("U high", "every n-th")]
+        for setting in ("grown", "scratch"):
+            found += [Run(model, seed=seed, setting=setting) for model, more in BLOCKS.items() if setting == "scratch" or more >= 0]
+            found += [Run("two levels", rule, 4.0, seed, setting=setting) for rule in RULES]
+        found += [Run(model, seed=seed, budgets=4, setting="scratch") for model in BLOCKS]
+        found += [Run("two levels", rule, 4.0, seed, 4, "scratch") for rule in RULES if rule != "U risen"]
+        for setting in ("scratch, no norm", "scratch, one pace", "scratch, one rate"):
+            found += [Run("one level", seed=seed, setting=setting), Run("two levels", "U high", 4.0, seed, setting=setting)]
         found += [Run("two levels", rule, mean, seed, setting="scratch") for mean in (2.0, 6.0, 8.0) for rule in ("U high", "every n-th")]
         found += [Run("three levels", "U high", 4.0, seed, 2), Run("one level", seed=seed, budgets=2), Run("two levels", "U high", 4.0, seed, 2)]
     return sorted(found, key=lambda r: -r.budgets)  # long ones first
@@ -73,20 +76,20 @@ def loader(blt, split, seed):
     return PatchedLoader(Loader(split, data.window, data.batch_size, seed), remembered(blt.segment, patcher_key(blt.patchers)))
 
 
-def head_for(blt, seed):
-    "The surprisal head of a model, from the cache or trained now."
+def reader_for(blt, seed):
+    "What says how uncertain a model is, from the cache or trained now."
     p, weights = preset("head"), hashlib.sha256()
     for tensor in blt.state_dict().values():
         weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    file = cache_folder().parent / "heads" / f"{weights.hexdigest()[:16]}-{seed}.safetensors"
+    file = cache_folder().parent / "readers" / f"{weights.hexdigest()[:16]}-{seed}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if not file.is_file():
-            head, _ = train_surprisal_head(blt, loader(blt, load_splits()[0], seed + 2), p.hidden, p.steps, p.lr, seed)
-            save_file({name: tensor.cpu() for name, tensor in head.state_dict().items()}, file)
-    head = SurprisalHead(blt.config.levels[0].encoder.width, p.hidden)
-    head.load_state_dict(load_file(file))
-    return head.to(next(blt.parameters()).device)
+            reader, _ = train_surprisal_reader(blt, loader(blt, load_splits()[0], seed + 2), p.hidden, p.steps, p.lr, seed)
+            save_file({name: tensor.cpu() for name, tensor in reader.state_dict().items()}, file)
+    reader = SurprisalReader(blt.reader(), SurprisalHead(blt.config.levels[0].encoder.width, p.hidden))
+    reader.load_state_dict(load_file(file))
+    return reader.to(next(blt.parameters()).device)
 
 
 def patcher_for(rule, mean, blt, seed):
@@ -95,7 +98,8 @@ def patcher_for(rule, mean, blt, seed):
         return StaticPatcher(round(mean))
     head, longest, batches = preset("head"), max(preset("stacked").max_group, 4 * round(mean)), loader(blt, load_splits()[0], seed + 2)
     if rule.startswith("U"):
-        patcher = SurprisalPatcher(blt.reader(), head_for(blt, seed), max_length=longest)
+        reader = reader_for(blt, seed)
+        patcher = SurprisalPatcher(reader.maker, reader.head, max_length=longest)
     else:
         patcher = ControlPatcher(rule, blt.patchers[0], max_length=longest)
     device = next(blt.parameters()).device
@@ -108,12 +112,16 @@ def fresh(config, patchers, setting, seed):
     if "norm" in SETTINGS[setting]:
         config.levels = [dataclasses.replace(level, norm=SETTINGS[setting]["norm"]) for level in config.levels]
     torch.manual_seed(seed)
-    return BLT(config, copy.deepcopy(list(patchers)))
+    blt = BLT(config, copy.deepcopy(list(patchers)))
+    for level in blt.modules():
+        if isinstance(level, Level) and "pace" in SETTINGS[setting]:
+            level.inner.pace = SETTINGS[setting]["pace"]
+    return blt
 
 
 def one_level(r, trained):
-    "The one-level model of a run, perhaps with a block more, which does nothing at first where the others are trained."
-    config, more = copy.deepcopy(trained.config) if r.setting == "grown" else blt_config(), r.model == "one level, one block more"
+    "The one-level model of a run, perhaps with a block more, which does nothing at first where the others are trained, or with one fewer."
+    config, more = copy.deepcopy(trained.config) if r.setting == "grown" else blt_config(), BLOCKS[r.model]
     config.latent = dataclasses.replace(config.latent, layers=config.latent.layers + more)
     blt = fresh(config, trained.patchers, r.setting, r.seed)
     if r.setting == "grown":
@@ -205,8 +213,9 @@ def main():
     os.environ["TQDM_DISABLE"] = "1"
     context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // asked.workers)
     processes = [context.Process(target=work, args=(time.time() + asked.limit, threads)) for _ in range(asked.workers)]
-    for process in processes:
-        process.start()
+    for number, process in enumerate(processes):
+        with on_its_gpu(number):
+            process.start()
     for process in processes:
         process.join()
     left = len(runs()) - len(set(table().read().index) & {r.name for r in runs()})

@@ -9,7 +9,7 @@ __all__ = ['NOISES', 'CONTESTANTS', 'JUDGES', 'SCALES', 'Vocabulary', 'TokenStre
            'committed', 'entropy_patches', 'patchers_of', 'ngrams_of', 'blt_config_of', 'Setup', 'cutting_flops',
            'set_up', 'sample', 'other_texts', 'noise_texts', 'score_texts', 'parameters_by_part', 'run_contestant',
            'run_entropy_model', 'run_compressor', 'run_drift', 'run', 'Table', 'open_experiments', 'work',
-           'guessed_steps', 'progress', 'worker', 'main', 'bits_per_byte']
+           'guessed_steps', 'progress', 'on_its_gpu', 'worker', 'main', 'bits_per_byte']
 
 # %% ../nbs/11_evaluation.ipynb #088153c6
 import argparse, contextlib, dataclasses, functools, hashlib, json, math, multiprocessing, os, platform, shutil, time, traceback
@@ -203,7 +203,7 @@ SCALES = {
         vocabularies={"1k": 300, "4k": 400}, code_bytes=0, noise_bytes=2_000, texts_from=1, mean_patches=(3, 4.5, 6), ablate_at=0, compare_at=0,
         entropy=dict(base={}, small=dict(width=16), wide=dict(attention=128)), entropy_steps=10, entropy_batch=4),
     "laptop": dict(
-        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(2e-3, 5e-3, 1.2e-2),
+        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(1.5e-3, 3e-3, 6e-3),
         seeds={1: (0, 1, 2), 2: (0, 1, 2)}, train_every=1,
         sizes=dict(byte=dict(S=dict(width=96, layers=2, heads=2), M=dict(width=128, layers=3, heads=2), L=dict(width=160, layers=4, heads=4)),
                    bpe=dict(S=dict(width=192, layers=2, heads=3), M=dict(width=256, layers=3, heads=4), L=dict(width=320, layers=3, heads=5)),
@@ -722,6 +722,18 @@ def progress(
             else: left += steps
     return rows, done, done + left
 
+@contextlib.contextmanager
+def on_its_gpu(
+    number: int, # of a process
+) -> Iterator[None]:
+    "In this context a process that is started sees one GPU only, if there are several: they take turns."
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = before.split(",") if before else [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) > 1: os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    try: yield
+    finally:
+        if len(gpus) > 1: os.environ.pop("CUDA_VISIBLE_DEVICES") if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)
+
 def worker(
     number: int,  # names its log
     threads: int, # of the CPU, for this process
@@ -755,7 +767,8 @@ def main() -> int: # exit status
     os.environ["TQDM_DISABLE"] = "1" # in the workers: one bar is enough
     context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // args.workers)
     processes = [context.Process(target=worker, args=(number, threads)) for number in range(args.workers)]
-    for process in processes: process.start()
+    for number, process in enumerate(processes):
+        with on_its_gpu(number): process.start()
     try:
         with tqdm(total=total, initial=done, unit="step", desc="evidence", disable=False) as bar:
             while any(process.is_alive() for process in processes):

@@ -829,7 +829,7 @@ def fit_head(
     batches: int = 24, # looked at
     seed: int = 0,
 ) -> SurprisalHead:
-    "As `train_surprisal_head`, on what is computed once."
+    "A head on the model as it is (see `blt_nb.stacked.train_surprisal_reader`, which also trains a copy of the model), on what is computed once."
     device, p, known, targets = loader.device, preset("head"), [], []
     with torch.no_grad(), autocast(device):
         for i in range(batches):

@@ -90,7 +90,7 @@ def config_from_published(
     demand("decoder_config", decoder, cross_attn_k=c["cross_attn_k"], hidden_size_global=latent["hidden_size"])
     window = c["local_attention_window_len"]
     level = LevelConfig(network_config("encoder_config", encoder, window), network_config("decoder_config", decoder, window), k=c["cross_attn_k"], skip=2.0,
-                        unpools=None if decoder["cross_attn_all_layers"] else 1, idle_pools=encoder["num_hidden_layers"] - 1 if encoder["cross_attn_all_layers"] else 0)
+                        unpools=None if decoder["cross_attn_all_layers"] else 1, idle_pools=encoder["num_hidden_layers"] - 1 if encoder["cross_attn_all_layers"] else 0, norm=False)
     ngrams = NgramConfig(c["encoder_hash_byte_group_size"], c["encoder_hash_byte_group_vocab"], None, c["encoder_hash_byte_group_nb_functions"])
     rules = dict(kind="static", stride=1)
     if c["patch_in_forward"]:
@@ -120,6 +120,7 @@ def config_to_published(
     problems = [problem for holds, problem in (
         (len(config.levels) == 1, f"it has {len(config.levels)} levels"),
         (level.skip == 2, f"cross-attention adds to the stream times {level.skip} (skip); there it is 2"),
+        (not level.norm, "it normalises what its encoder hands on (norm); there nothing does"),
         (level.idle_pools in (0, level.encoder.layers - 1), f"it carries {level.idle_pools} idle pools; there it is none, or one for each block but the last"),
         (level.unpools in (None, 1, level.decoder.layers), f"{level.unpools} blocks unpool; there it is the first, or all"),
         ((level.pool, level.unpool) == ("attention", "attention"), f"it pools by {level.pool} and unpools by {level.unpool}; there both are attention"),

@@ -75,12 +75,15 @@ def param_groups(
 ) -> list[dict]: # for an optimiser; "scale" is a group's learning rate in units of the run's
     """Matrices decay; norms, biases and embedding tables don't: a row that a batch doesn't use should stay as it is. Frozen parameters are left out.
 
-    A matrix's learning rate falls with its inputs (μP, arXiv:2203.03466), that of a table is `TABLES` times as high as the run's."""
-    tables, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}
+    A matrix's learning rate falls with its inputs (μP, arXiv:2203.03466), that of a table is `TABLES` times as high as the run's. A module with an
+    attribute `pace` makes all rates inside it so many times as high."""
+    tables, paces, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}, {}
+    for module in model.modules():
+        for p in module.parameters(): paces[id(p)] = paces.get(id(p), 1.0) * getattr(module, "pace", 1.0) # of all modules that it is inside
     for p in model.parameters():
         if not p.requires_grad: continue
         table, matrix = id(p) in tables, p.ndim >= 2 and id(p) not in tables
-        scale = TABLES if table else WIDTH / p.shape[-1] if matrix else 1.0
+        scale = paces[id(p)] * (TABLES if table else WIDTH / p.shape[-1] if matrix else 1.0)
         groups.setdefault((weight_decay if matrix else 0.0, scale if scaled else 1.0), []).append(p)
     return [dict(params=params, weight_decay=decay, scale=scale) for (decay, scale), params in groups.items()]
 
@@ -791,12 +794,12 @@ PRESETS = {
     "laptop": {
         "data": dict(window=512, batch_size=8, valid_documents=None),
         "entropy": dict(width=128, layers=1, heads=2, attention=64, ngram_sizes=(2, 3, 4, 5, 6), ngram_rows=4096, ngram_width=40, steps=3600, lr=5e-3),
-        "blt": dict(width=128, heads=2, attention=256, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=3, latent_heads=4,
-                    ngram_sizes=(2, 3, 4, 5, 6, 8), ngram_rows=4096, ngram_width=64, mean_patch=4.5, max_patch=24, steps=2300, lr=3e-3),
+        "blt": dict(width=128, heads=2, attention=256, encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=2, latent_heads=4,
+                    ngram_sizes=(2, 3, 4, 5, 6, 8), ngram_rows=4096, ngram_width=64, mean_patch=4.5, max_patch=24, steps=2700, lr=3e-3),
         "byte": dict(width=192, layers=4, heads=3, lr=3e-3),
         "tokens": dict(width=256, layers=3, heads=4, vocab=4096, lr=3e-3),
-        "head": dict(hidden=128, steps=500, lr=2e-3),
-        "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=2, latent_heads=4, mean_group=4.5, max_group=16, lr=3e-3),
+        "head": dict(hidden=128, steps=1000, lr=2e-3),
+        "stacked": dict(encoder_layers=1, decoder_layers=1, latent_width=256, latent_layers=1, latent_heads=4, mean_group=4.5, max_group=16, lr=3e-3),
         "run": dict(flops=7e13, code=8_000_000, valid_bytes=100_000, large=dict(width=256, latent_width=512, latent_layers=4, decoder_layers=1, attention=256), large_steps=10),
     },
     "gpu": {
