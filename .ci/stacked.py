@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from types import SimpleNamespace
 
 import torch
 from filelock import FileLock
@@ -34,6 +35,9 @@ SETTINGS = {  # peak learning rates, and what differs from the package's models
     "scratch, no norm": dict(lr=preset("stacked").lr, norm=False),
     "scratch, one pace": dict(lr=preset("stacked").lr, pace=1.0),  # networks inside a level learn as fast as those outside
     "scratch, one rate": dict(lr=5e-3, scaled=False),  # for all parameters
+    "grown, new parts faster": dict(lr=1e-3, fresh=3.0),  # three times as fast as what was trained before
+    "long windows": dict(lr=preset("stacked").lr, longer=4),  # from scratch, on fewer and longer pieces of text
+    "long windows, narrow": dict(lr=preset("stacked").lr, longer=4, narrow=32),  # and attention over patches reaches this far back
 }
 
 
@@ -67,12 +71,22 @@ def runs():
         for setting in ("scratch, no norm", "scratch, one pace", "scratch, one rate"):
             found += [Run("one level", seed=seed, setting=setting), Run("two levels", "U high", 4.0, seed, setting=setting)]
         found += [Run("two levels", rule, mean, seed, setting="scratch") for mean in (2.0, 6.0, 8.0) for rule in ("U high", "every n-th")]
+        found += [Run("two levels", "U high", 4.0, seed, setting="grown, new parts faster")]
+        for setting in ("long windows", "long windows, narrow"):
+            found += [Run("one level", seed=seed, budgets=2, setting=setting)]
+            found += [Run("two levels", rule, 4.0, seed, 2, setting) for rule in ("U high", "every n-th")]
         found += [Run("three levels", "U high", 4.0, seed, 2), Run("one level", seed=seed, budgets=2), Run("two levels", "U high", 4.0, seed, 2)]
     return sorted(found, key=lambda r: -r.budgets)  # long ones first
 
 
-def loader(blt, split, seed):
-    data = preset("data")
+def data_of(setting):
+    "Window and batch size."
+    data, longer = preset("data"), SETTINGS[setting].get("longer", 1)
+    return SimpleNamespace(window=longer * data.window, batch_size=data.batch_size // longer)
+
+
+def loader(blt, split, seed, setting="grown"):
+    data = data_of(setting)
     return PatchedLoader(Loader(split, data.window, data.batch_size, seed), remembered(blt.segment, patcher_key(blt.patchers)))
 
 
@@ -92,11 +106,11 @@ def reader_for(blt, seed):
     return reader.to(next(blt.parameters()).device)
 
 
-def patcher_for(rule, mean, blt, seed):
+def patcher_for(rule, mean, blt, seed, setting):
     "What cuts the innermost patches of `blt` by a rule, calibrated to a mean length on training text."
     if rule == "every n-th":
         return StaticPatcher(round(mean))
-    head, longest, batches = preset("head"), max(preset("stacked").max_group, 4 * round(mean)), loader(blt, load_splits()[0], seed + 2)
+    head, longest, batches = preset("head"), max(preset("stacked").max_group, 4 * round(mean)), loader(blt, load_splits()[0], seed + 2, setting)
     if rule.startswith("U"):
         reader = reader_for(blt, seed)
         patcher = SurprisalPatcher(reader.maker, reader.head, max_length=longest)
@@ -111,6 +125,12 @@ def fresh(config, patchers, setting, seed):
     "A model with random weights, as a setting has it."
     if "norm" in SETTINGS[setting]:
         config.levels = [dataclasses.replace(level, norm=SETTINGS[setting]["norm"]) for level in config.levels]
+    if "narrow" in SETTINGS[setting]:
+        def near(transformer):
+            return dataclasses.replace(transformer, window=SETTINGS[setting]["narrow"])
+        outer, *inner = config.levels
+        config.levels = [outer, *(dataclasses.replace(level, encoder=near(level.encoder), decoder=near(level.decoder)) for level in inner)]
+        config.latent = config.latent if inner else near(config.latent)
     torch.manual_seed(seed)
     blt = BLT(config, copy.deepcopy(list(patchers)))
     for level in blt.modules():
@@ -132,9 +152,21 @@ def one_level(r, trained):
     return blt
 
 
-def latent_worth(blt):
+def grown(blt, patcher, setting, again):
+    "A level more around the latent transformer of a trained model, whose new parts may learn faster. What is to grow again needs two blocks."
+    latent = stacked_config().latent
+    blt = stack(blt, patcher, dataclasses.replace(latent, layers=max(latent.layers, 1 + again)))
+    level = blt.level
+    while isinstance(level.inner, Level):
+        level = level.inner
+    for part in (level.encoder.pool, level.decoder.unpools, level.decoder.spread, level.inner):
+        part.pace = getattr(part, "pace", 1.0) * SETTINGS[setting].get("fresh", 1.0)
+    return blt
+
+
+def latent_worth(blt, window):
     "How many more bits a byte of some validation text costs when what the innermost transformer says is replaced by zeros."
-    valid, window = load_splits()[1], preset("data").window
+    valid = load_splits()[1]
     some = valid.select(range(0, len(valid), 8))
     with silenced(blt):
         alone = bits_per_byte(blt, some, window)
@@ -143,12 +175,12 @@ def latent_worth(blt):
 
 def train_for(blt, budget, r):
     "Train for a budget of FLOPs; what was spent and seen."
-    train, data = load_splits()[0], preset("data")
+    train, data = load_splits()[0], data_of(r.setting)
     sample = train.select(range(0, len(train), max(1, len(train) // 200)))
     each = training_flops(blt, mean_lengths(blt, sample, data.window), data.window) * data.batch_size * (data.window - 1)
     steps = max(1, round(budget / each))
     blt.requires_grad_(True).patchers.requires_grad_(False)
-    history = fit(blt, loader(blt, train, r.seed + 100), steps, SETTINGS[r.setting]["lr"], title=r.name, scaled=SETTINGS[r.setting].get("scaled", True))
+    history = fit(blt, loader(blt, train, r.seed + 100, r.setting), steps, SETTINGS[r.setting]["lr"], title=r.name, scaled=SETTINGS[r.setting].get("scaled", True))
     blt.eval()
     return dict(steps=steps, training_flops=steps * each, bytes_seen=int(history.bytes.iloc[-1]), seconds=float(history.seconds.iloc[-1]))
 
@@ -157,25 +189,25 @@ def run(r):
     "Train and score; the row."
     _, valid = load_splits()
     device, began, data = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter(), preset("data")
-    trained = get_blt().to(device)
+    trained, window = get_blt().to(device), data_of(r.setting).window
     budget = r.budgets * STEPS * data.batch_size * (data.window - 1) * training_flops(trained, mean_lengths(trained, valid, data.window), data.window)
     row = dict(name=r.name, **dataclasses.asdict(r), steps=0, training_flops=0.0, bytes_seen=0, seconds=0.0)
     depths = {"two levels": 1, "three levels": 2}.get(r.model, 0)
     blt = trained if depths else one_level(r, trained).to(device)
-    for _ in range(max(1, depths)):
+    for depth in range(1, max(1, depths) + 1):
         if depths:
-            patcher = patcher_for(r.rule, r.asked, blt.eval(), r.seed)
+            patcher = patcher_for(r.rule, r.asked, blt.eval(), r.seed, r.setting)
             torch.manual_seed(r.seed)
-            blt = stack(blt, patcher, stacked_config().latent) if r.setting == "grown" else fresh(stacked_config(), [*trained.patchers, patcher], r.setting, r.seed)
+            blt = grown(blt, patcher, r.setting, depth < depths) if r.setting.startswith("grown") else fresh(stacked_config(), [*trained.patchers, patcher], r.setting, r.seed)
             blt = blt.to(device)
         for name, value in train_for(blt, budget / max(1, depths), r).items():
             row[name] += value
-    lengths = mean_lengths(blt, valid, data.window)
+    lengths = mean_lengths(blt, valid, window)
     makers = [p.maker.config for p in blt.patchers if isinstance(p, SurprisalPatcher)]
-    return row | dict(bpb=bits_per_byte(blt, valid, data.window), flops_per_byte=sum(flops_per_byte(blt.config, lengths, data.window).values()),
-                      cutting_flops_per_byte=sum(sum(flops_per_byte(maker, lengths[:len(maker.levels)], data.window).values()) for maker in makers),
+    return row | dict(bpb=bits_per_byte(blt, valid, window), flops_per_byte=sum(flops_per_byte(blt.config, lengths, window).values()),
+                      cutting_flops_per_byte=sum(sum(flops_per_byte(maker, lengths[:len(maker.levels)], window).values()) for maker in makers),
                       **{f"mean_{i + 1}": length for i, length in enumerate(lengths)}, parameters=sum(q.numel() for q in blt.parameters() if q.requires_grad),
-                      lr=SETTINGS[r.setting]["lr"], latent_worth=latent_worth(blt), all_seconds=round(time.perf_counter() - began, 1), preset=preset_name(),
+                      lr=SETTINGS[r.setting]["lr"], latent_worth=latent_worth(blt, window), window=window, all_seconds=round(time.perf_counter() - began, 1), preset=preset_name(),
                       corpus=fingerprint(load_splits()[0]), hardware=hardware(), torch=torch.__version__)
 
 
