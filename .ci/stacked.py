@@ -37,7 +37,6 @@ SETTINGS = {  # peak learning rates, and what differs from the package's models
     "scratch, one rate": dict(lr=5e-3, scaled=False),  # for all parameters
     "grown, new parts faster": dict(lr=1e-3, fresh=3.0),  # three times as fast as what was trained before
     "long windows": dict(lr=preset("stacked").lr, longer=4),  # from scratch, on fewer and longer pieces of text
-    "long windows, narrow": dict(lr=preset("stacked").lr, longer=4, narrow=32),  # and attention over patches reaches this far back
 }
 
 
@@ -72,9 +71,8 @@ def runs():
             found += [Run("one level", seed=seed, setting=setting), Run("two levels", "U high", 4.0, seed, setting=setting)]
         found += [Run("two levels", rule, mean, seed, setting="scratch") for mean in (2.0, 6.0, 8.0) for rule in ("U high", "every n-th")]
         found += [Run("two levels", "U high", 4.0, seed, setting="grown, new parts faster")]
-        for setting in ("long windows", "long windows, narrow"):
-            found += [Run("one level", seed=seed, budgets=2, setting=setting)]
-            found += [Run("two levels", rule, 4.0, seed, 2, setting) for rule in ("U high", "every n-th")]
+        found += [Run("one level", seed=seed, budgets=2, setting="long windows")]
+        found += [Run("two levels", rule, 4.0, seed, 2, "long windows") for rule in ("U high", "every n-th")]
         found += [Run("three levels", "U high", 4.0, seed, 2), Run("one level", seed=seed, budgets=2), Run("two levels", "U high", 4.0, seed, 2)]
     return sorted(found, key=lambda r: -r.budgets)  # long ones first
 
@@ -125,12 +123,6 @@ def fresh(config, patchers, setting, seed):
     "A model with random weights, as a setting has it."
     if "norm" in SETTINGS[setting]:
         config.levels = [dataclasses.replace(level, norm=SETTINGS[setting]["norm"]) for level in config.levels]
-    if "narrow" in SETTINGS[setting]:
-        def near(transformer):
-            return dataclasses.replace(transformer, window=SETTINGS[setting]["narrow"])
-        outer, *inner = config.levels
-        config.levels = [outer, *(dataclasses.replace(level, encoder=near(level.encoder), decoder=near(level.decoder)) for level in inner)]
-        config.latent = config.latent if inner else near(config.latent)
     torch.manual_seed(seed)
     blt = BLT(config, copy.deepcopy(list(patchers)))
     for level in blt.modules():
