@@ -52,12 +52,21 @@ class PatcherState:
         "Take in new ids. The same as `blt_nb.patching.make_patches` does with a whole text."
         wanted = self.wanted(ids, below)
         if not len(wanted): return wanted
+        if len(wanted) == 1: return wanted.new_tensor([self.push_one(bool(wanted))])
         positions = self.items + 1 + torch.arange(len(wanted), device=wanted.device) # of the items that come next
         starts = wanted | (positions < 2)
         last = torch.where(starts, positions, self.last).cummax(0).values
         self.items, self.last = self.items + len(wanted), int(last[-1])
         longest = self.patcher.max_length
         return starts if longest is None else starts | ((positions - last) % longest == 0)
+
+    def push_one(self,
+        wanted: bool, # by the rule
+    ) -> bool: # does its group end with the new item?
+        "The same for a single item, without tensors."
+        self.items += 1
+        if wanted or self.items < 2: self.last = self.items
+        return self.last == self.items or self.patcher.max_length is not None and (self.items - self.last) % self.patcher.max_length == 0
 
 def new_items(
     ids: Tensor,             # (1, T) new ids
@@ -222,12 +231,10 @@ class LevelState:
         if not x.shape[1]: return x
         x = self.encoder.push(x)
         groups = self.inner.push(self.pool(x, ends), *inner)
-        sources = ends.cumsum(0) - 1
-        known = self.known
-        if groups.shape[1]:
-            known = self.level.decoder.known(groups)
-            if self.known is not None: known = [torch.cat(pair, 1) for pair in zip(self.known, known)]
-        if self.known is not None: sources = sources + 1
+        old, new = self.known, self.level.decoder.known(groups) if groups.shape[1] else None
+        if new is not None and ends[0] and not self.open_end: old = None # no new item sees it any more
+        known = new if old is None else old if new is None else [torch.cat(pair, 1) for pair in zip(old, new)]
+        sources = ends.cumsum(0) - (1 if old is None else 0)
         self.known = [part[:, -1:] for part in known]
         revised = self.open_end and bool(ends[-1] and sources[-1] > 0)
         before = [copy.copy(cache) for cache in self.caches] if revised else None # copying is dear
@@ -241,12 +248,23 @@ class LevelState:
         ends: Tensor, # (T,) bool
     ) -> Tensor: # (1, n, group_width) vectors of the groups that are complete now
         "Pool what is complete, and keep the rest for later."
+        if len(ends) == 1: return self.pool_one(x, bool(ends))
         if self.open is not None: x, ends = torch.cat([self.open, x], 1), F.pad(ends, (self.open.shape[1], 0))
         count, group = int(ends.sum()), ends.cumsum(0) - ends.long()
         complete = group < count
         self.open = x[:, ~complete]
         if not count: return x.new_zeros(1, 0, self.level.encoder.pool.group_width)
         return self.level.encoder.pool.segments(x[0, complete], group[complete], count)[None]
+
+    def pool_one(self,
+        x: Tensor, # (1, 1, d) the encoder's output for a new item
+        end: bool, # does its group end with it?
+    ) -> Tensor: # (1, 0 or 1, group_width)
+        "The same for a single item."
+        x = x if self.open is None else torch.cat([self.open, x], 1)
+        self.open = x[:, :0] if end else x
+        pool = self.level.encoder.pool
+        return pool.segments(x[0], x.new_zeros(x.shape[1], dtype=torch.long), 1)[None] if end else x.new_zeros(1, 0, pool.group_width)
 
 # %% ../nbs/09_generation.ipynb #0393947d
 class NetworkState:
@@ -298,17 +316,18 @@ class State:
         "A second text that begins like this one and goes on by itself. The weights are shared."
         return copy.deepcopy(self, {id(module): module for module in self.blt.modules()})
 
-    @torch.no_grad()
     def push(self,
         ids: Tensor, # (T,) new ids, at least one; a text begins with BOS
     ) -> Tensor: # (T, 260) logits of the id after each
         "Read on. Errors as in `check_ids`."
         check_ids(ids, ndim=1)
         if not len(ids): raise ValueError("there are no ids to push; a text begins with BOS, encode(text, bos=True)")
-        ids = ids[None].to(self.blt.embed.weight.device).long()
-        self.ends = []
-        for patcher in self.patchers: self.ends.append(patcher.push(ids, self.ends))
-        return self.blt.logits(self.network.push(ids, self.ends))[0]
+        with torch.inference_mode():
+            ids = ids[None].to(self.blt.embed.weight.device).long()
+            self.ends = []
+            for patcher in self.patchers: self.ends.append(patcher.push(ids, self.ends))
+            logits = self.blt.logits(self.network.push(ids, self.ends))[0]
+        return logits.clone() # one that may be changed
 
 # %% ../nbs/09_generation.ipynb #52d5c9c5
 class Sampler:

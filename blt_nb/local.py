@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .patching import Patches
-from .transformer import BRANCHES, KVCache, Linear, RMSNorm, Transformer, TransformerConfig, init_linear, sparing
+from .transformer import BRANCHES, KVCache, Linear, RMSNorm, Transformer, TransformerConfig, init_linear, is_single, sparing
 
 # %% ../nbs/07_local.ipynb #9a21b647
 def flat_groups(
@@ -173,13 +173,24 @@ class Unpool(nn.Module):
         sources: Tensor,     # (B, T) the group that each item sees
     ) -> Tensor: # (B, T, d), to be added to x
         "The same where keys and values are there already."
-        B, T, d = x.shape
-        rows = flat_groups(sources, keys_values.shape[1])
-        keys_values = keys_values.flatten(0, 1).flatten(1)[rows] # one gather: (B · T, k · 2 · d)
-        keys, values = keys_values.view(B, T, self.k, 2, self.cross.heads, self.cross.head_width).unbind(3)
+        if keys_values.shape[1] == 1 and is_single(x): return self.row(x[0, 0], keys_values[0, 0])[None, None]
+        if keys_values.shape[1] > 1: # else all see the same
+            rows = flat_groups(sources, keys_values.shape[1])
+            keys_values = keys_values.flatten(0, 1).flatten(1)[rows].view(*sources.shape, *keys_values.shape[2:]) # one gather: (B · T, k · 2 · d)
+        keys, values = keys_values.unbind(3)
         scores = (self.cross.queries(x)[:, :, None] * keys).sum(-1).float()          # (B, T, k, heads)
         weights = scores.softmax(2).to(values.dtype)
         return self.cross.out((weights[..., None] * values).sum(2).flatten(2))
+
+    def row(self,
+        x: Tensor,           # (d,) one item, float32 on the CPU
+        keys_values: Tensor, # (k, 2, heads, head_width) of the group that it sees
+    ) -> Tensor: # (d,), to be added to x
+        "The same for a single item, with fewer operators."
+        (keys, values), cross = keys_values.unbind(1), self.cross
+        q = cross.query.row(cross.query_norm.row(x)).view(cross.heads, cross.head_width) * cross.head_width ** -0.5
+        weights = (keys * q).sum(-1, keepdim=True).softmax(0) # (k, heads, 1)
+        return cross.out.row((weights * values).sum(0).view(-1))
 
 class AddUnpool(nn.Module):
     "The same without attention, to see what that is worth: the vector of the source group, projected."
