@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .data import ROW_SUFFIXES, ByteStream, documents, encode, load_rows, read_rows
+from .data import ROW_SUFFIXES, encode, name_rows, named_documents, read_rows, stream_of
 from .entropy import EntropyModel, get_entropy_model
 from .generation import generate, stream_text
 from .model import BLT, BLTConfig, get_blt
@@ -136,15 +136,13 @@ def read_inputs(
     files: Sequence[str], # paths, "-" for standard input; empty: standard input
     column: str = "text", # of Parquet and JSON-lines files
 ) -> Iterator[tuple[str, bytes]]: # name and bytes of each document, none empty
-    "Documents: the rows of Parquet and JSON files, and any other file as it is, UTF-8 or not. Empty ones are counted on standard error. `ValueError` if there is no text at all; errors as in `read_rows` and `load_rows`."
+    "Documents: the rows of Parquet and JSON files, and any other file as it is, UTF-8 or not. Empty ones are counted on standard error. `ValueError` if there is no text at all; errors as in `read_rows` and `name_rows`."
     count, empty = 0, 0
     for file in files or ["-"]:
         kind = ROW_SUFFIXES.get(Path(file).suffix.lower())
         if file == "-": found = [("-", sys.stdin.buffer.read())]
         elif kind is None: found = [(file, Path(file).read_bytes())]
-        else:
-            rows = load_rows(read_rows(file, kind, [Path(file)]), Path(file).name, column, None)
-            found = zip(rows["name"], documents(rows))
+        else: found = named_documents(name_rows(read_rows(file, kind, [Path(file)], column), Path(file).name, column, None))
         for name, text in found:
             count, empty = count + 1, empty + (not text)
             if text: yield name, text
@@ -177,9 +175,15 @@ def parser_of(
     name: str,        # of the command
     description: str,
     examples: str,    # lines that work in a shell
+    reads: str = "",  # what the files are that the command reads with a model; nothing: it takes no model
 ) -> argparse.ArgumentParser:
-    "A parser with examples below its help."
-    return argparse.ArgumentParser(name, description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    "A parser with examples below its help, and the arguments that commands share."
+    parser = argparse.ArgumentParser(name, description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    if reads:
+        parser.add_argument("model", help="folder of blt_train or of a saved model, or a Hub id")
+        parser.add_argument("files", nargs="*", help=f"{reads} (text, JSON-lines or Parquet); none, or '-': standard input")
+    parser.add_argument("--column", default="text", help="column that holds the text, where there are columns (default: text)")
+    return parser
 
 # %% ../nbs/13_scaling.ipynb #b7755316
 def train_series(
@@ -195,7 +199,8 @@ def train_series(
             corpus = Path(aside) / "corpus.txt"
             if not corpus.write_bytes(sys.stdin.buffer.read()): raise ValueError("there is no text in standard input: 0 bytes")
         with series(Series(args.preset, corpus, args.column, folder)):
-            for split in load_splits(): ByteStream(split).windows(preset("data").window)
+            with contextlib.redirect_stdout(sys.stderr):
+                for split in load_splits(): stream_of(split).windows(preset("data").window)
             for stage in STAGES:
                 if (folder / stage / "training.json").is_file() and (reason := why_train(stage)):
                     raise ValueError(f"{folder / stage} is in the way: {reason} than asked for; take another --out, or remove it")
@@ -224,7 +229,6 @@ def blt_train(
     parser.add_argument("--corpus", required=True, help="a text, JSON-lines or Parquet file, a folder of them, a Hub dataset id, 'docs' or 'code'; '-' for text on standard input")
     parser.add_argument("--out", required=True, help="folder for the models and their results; made if it isn't there")
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="sizes and steps (default: laptop)")
-    parser.add_argument("--column", default="text", help="column that holds the text, where there are columns (default: text)")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch that are computed one after the other, to save memory (default: 1)")
     parser.add_argument("--recompute", action="store_true", help="compute the inside of transformer blocks twice, to save memory")
     parser.add_argument("--compile", action="store_true", help="compile transformer blocks: pays in long runs, and needs a C++ compiler on a CPU")
@@ -253,12 +257,9 @@ def blt_patch(
 ) -> int: # exit status
     "The command `blt_patch`: where a model cuts text."
     parser = parser_of("blt_patch", "Cut text into patches. For each document a line of JSON: its name, its bytes, and for each level the lengths of its patches in bytes, which add up to that.",
-        "  blt_patch notes-blt letter.txt\n  echo 'Where does a patch start?' | blt_patch notes-blt --show\n  blt_patch notes-blt rows.jsonl | jq '.levels[0] | add / length'")
-    parser.add_argument("model", help="folder of blt_train or of a saved BLT, or a Hub id")
-    parser.add_argument("files", nargs="*", help="text, JSON-lines or Parquet; none, or '-': standard input")
+        "  blt_patch notes-blt letter.txt\n  echo 'Where does a patch start?' | blt_patch notes-blt --show\n  blt_patch notes-blt rows.jsonl | jq '.levels[0] | add / length'", "text to cut")
     parser.add_argument("--show", action="store_true", help="show the patches to a reader instead, of at most 2,000 bytes a document")
     parser.add_argument("--window", type=int, default=512, help="ids read together, as in training; a patch never goes beyond one (default: 512)")
-    parser.add_argument("--column", default="text", help="column that holds the text, where there are columns (default: text)")
     return run_command(parser, patch_documents, arguments)
 
 def write_documents(
@@ -278,10 +279,8 @@ def blt_generate(
     arguments: Sequence[str] | None = None, # None: those of the process
 ) -> int: # exit status
     "The command `blt_generate`: go on with a text."
-    parser = parser_of("blt_generate", "Write on where a prompt ends, byte by byte as the model finds them. With --json a line of JSON for each prompt, when it is done.",
-        "  blt_generate notes-blt --prompt 'Once upon a time' --temperature 0.7\n  blt_generate notes-blt --json --seed 0 prompts.jsonl\n  printf 'Dear ' | blt_generate notes-blt")
-    parser.add_argument("model", help="folder of blt_train or of a saved BLT, or a Hub id")
-    parser.add_argument("files", nargs="*", help="prompts, each a document (text, JSON-lines or Parquet); none, or '-': standard input, its last newline included")
+    parser = parser_of("blt_generate", "Write on where a prompt ends (its last newline included), byte by byte as the model finds them. With --json a line of JSON for each prompt, when it is done.",
+        "  blt_generate notes-blt --prompt 'Once upon a time' --temperature 0.7\n  blt_generate notes-blt --json --seed 0 prompts.jsonl\n  printf 'Dear ' | blt_generate notes-blt", "prompts, each a document")
     parser.add_argument("--prompt", help="the prompt itself")
     parser.add_argument("--max-new-bytes", type=int, default=200, help="most bytes to write (default: 200)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest byte each time (default: 1)")
@@ -290,7 +289,6 @@ def blt_generate(
     parser.add_argument("--seed", type=int, help="the same seed, the same text")
     parser.add_argument("--context", type=int, help="ids to look back on at most (default: all)")
     parser.add_argument("--json", action="store_true", help="JSON lines")
-    parser.add_argument("--column", default="text", help="column that holds the prompts, where there are columns (default: text)")
     return run_command(parser, write_documents, arguments)
 
 def score_documents(
@@ -310,11 +308,8 @@ def blt_eval(
 ) -> int: # exit status
     "The command `blt_eval`: bits per byte of text."
     parser = parser_of("blt_eval", "Score text: the bits that a model needs for a byte of it, ends of documents included. A line of JSON.",
-        "  blt_eval notes-blt letter.txt\n  blt_eval notes-blt --each rows.jsonl | jq .bits_per_byte\n  cat letter.txt | blt_eval notes-blt/entropy")
-    parser.add_argument("model", help="folder of blt_train or of a saved model, or a Hub id")
-    parser.add_argument("files", nargs="*", help="text, JSON-lines or Parquet; none, or '-': standard input")
+        "  blt_eval notes-blt letter.txt\n  blt_eval notes-blt --each rows.jsonl | jq .bits_per_byte\n  cat letter.txt | blt_eval notes-blt/entropy", "text to score")
     parser.add_argument("--each", action="store_true", help="a line for each document")
     parser.add_argument("--window", type=int, default=512, help="most ids read together (default: 512)")
     parser.add_argument("--stride", type=int, help="new bytes a window (default: half a window)")
-    parser.add_argument("--column", default="text", help="column that holds the text, where there are columns (default: text)")
     return run_command(parser, score_documents, arguments)
