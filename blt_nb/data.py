@@ -233,7 +233,7 @@ CACHED_MARK = "blt_nb-" # `datasets` carries a fingerprint with every dataset an
 def fingerprint(
     dataset: Dataset | IterableDataset, # with columns "name" and "text"
 ) -> str: # 12 hex digits of a SHA-256 over all names and texts
-    "Says exactly which text a result was made on. An embedded corpus brings it along; any other one is read through."
+    "Says exactly which text a result was made on. An embedded corpus, or one that `load_corpus` has made from rows, brings it along; any other one is read through."
     mark = getattr(dataset, "_fingerprint", None) or ""
     if mark.startswith(CACHED_MARK): return mark.removeprefix(CACHED_MARK)
     result = Fingerprint()
@@ -793,15 +793,14 @@ def eval_spans(
     stride = window // 2 if stride is None else stride
     if window < 2: raise ValueError(f"window is {window}; it needs at least 2 ids, BOS and one to predict")
     if not 1 <= stride < window: raise ValueError(f"stride is {stride}; with a window of {window} it must be in 1..{window - 1}")
-    spans, begin = [], 0
-    for end in stream.ends.tolist():
-        scored = begin
-        while scored < end:
-            stop = min(end, scored + (window - 1 if scored == begin else stride))
-            spans.append((max(begin, stop - (window - 1)), scored, stop))
-            scored = stop
-        begin = end
-    return np.array(spans, dtype=np.int64).reshape(-1, 3)
+    ends = np.asarray(stream.ends)
+    begins = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    counts = 1 + -(-np.maximum(ends - begins - (window - 1), 0) // stride) # windows of each document
+    document = np.repeat(np.arange(len(ends)), counts)
+    number = np.arange(len(document)) - (np.cumsum(counts) - counts)[document] # of a window in its document, from 0
+    begin, end, reach = begins[document], ends[document], window - 1 + number * stride
+    stop = np.minimum(end, begin + reach)
+    return np.stack([np.maximum(begin, stop - (window - 1)), begin + (reach - stride) * (number > 0), stop], axis=1)
 
 # %% ../nbs/01_data.ipynb #9c55e02c
 def eval_windows(
