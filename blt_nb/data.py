@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['BOE_ID', 'BOS_ID', 'EOS_ID', 'PAD_ID', 'OFFSET', 'VOCAB_SIZE', 'MAX_ROW', 'SPLITS', 'DOCS_PACKAGES', 'MIN_DOCSTRING',
-           'EMBEDDED', 'CACHED_MARK', 'CORPUS_VERSION', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'HUB_ID', 'COMPRESSORS',
-           'SHUFFLED', 'to_bytes', 'encode', 'check_ids', 'check_row', 'decode_bytes', 'decode', 'data_dir',
-           'name_hash', 'split_of', 'python_files', 'stdlib_files', 'package_files', 'docstrings', 'read_topics',
-           'read_utf8', 'read_docs', 'read_code', 'Fingerprint', 'fingerprint', 'corpus_key', 'write_corpus',
-           'corpus_files', 'load_embedded', 'find_files', 'split_names', 'cut_text', 'load_text_files', 'load_rows',
-           'load_hub', 'read_rows', 'load_corpus', 'named_documents', 'documents', 'compressed_bpb', 'ByteStream',
-           'StoredStream', 'stream_of', 'part_of', 'Loader', 'eval_spans', 'eval_windows', 'eval_batches',
-           'load_passages']
+           'EMBEDDED', 'CACHED_MARK', 'CORPUS_VERSION', 'TEXT_SUFFIXES', 'ROW_SUFFIXES', 'ROWS', 'HUB_ID', 'MAPPED',
+           'COMPRESSORS', 'SHUFFLED', 'to_bytes', 'encode', 'check_ids', 'check_row', 'decode_bytes', 'decode',
+           'data_dir', 'name_hash', 'split_of', 'python_files', 'stdlib_files', 'package_files', 'docstrings',
+           'read_topics', 'read_utf8', 'read_docs', 'read_code', 'Fingerprint', 'fingerprint', 'corpus_key',
+           'write_corpus', 'corpus_files', 'load_embedded', 'find_files', 'split_names', 'cut_text', 'load_text_files',
+           'row_batches', 'name_rows', 'new_folder', 'write_rows', 'stored_rows', 'without_empty', 'load_rows',
+           'load_hub', 'parquet_rows', 'read_rows', 'files_key', 'load_corpus', 'text_batches', 'named_documents',
+           'documents', 'compressed_bpb', 'ByteStream', 'StoredStream', 'stream_of', 'part_of', 'Loader', 'eval_spans',
+           'eval_windows', 'eval_batches', 'load_passages']
 
 # %% ../nbs/01_data.ipynb #c37dc77f
-import ast, configparser, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, os, re, sys, sysconfig, tempfile, warnings
+import ast, configparser, contextlib, copy, errno, gzip, hashlib, importlib.metadata, importlib.util, json, lzma, math, os, re, sys, sysconfig, tempfile, warnings
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, get_dataset_split_names, load_dataset
-from datasets.table import InMemoryTable
+from datasets.exceptions import DatasetGenerationError
+from datasets.table import InMemoryTable, MemoryMappedTable
 from filelock import FileLock
-from pyarrow.dataset import ParquetFragmentScanOptions
 from torch import Tensor
 
 # %% ../nbs/01_data.ipynb #ab42d15b
@@ -232,7 +233,7 @@ CACHED_MARK = "blt_nb-" # `datasets` carries a fingerprint with every dataset an
 def fingerprint(
     dataset: Dataset | IterableDataset, # with columns "name" and "text"
 ) -> str: # 12 hex digits of a SHA-256 over all names and texts
-    "Says exactly which text a result was made on. An embedded corpus brings it along; any other one is read through."
+    "Says exactly which text a result was made on. An embedded corpus, or one that `load_corpus` has made from rows, brings it along; any other one is read through."
     mark = getattr(dataset, "_fingerprint", None) or ""
     if mark.startswith(CACHED_MARK): return mark.removeprefix(CACHED_MARK)
     result = Fingerprint()
@@ -366,35 +367,112 @@ def load_text_files(
     return IterableDataset.from_generator(read) if streaming else Dataset.from_list(list(read()))
 
 # %% ../nbs/01_data.ipynb #4ac23346
-def load_rows(
-    rows: Dataset | IterableDataset, # a row a document
-    source: str,        # what was asked for, for names and messages
-    column: str,        # the column that holds the text
-    split: str | None,  # keep the rows that `split_of` gives to this split; None keeps all
-) -> Dataset | IterableDataset: # columns "name" and "text"
-    "Name the rows by their `name`, else their `id`, else their position; keep those of the split; drop the empty ones, and say how many. `ValueError` for what is no text, and for no text."
-    try: first = next(iter(rows), None)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error: raise ValueError(f"could not read {source!r}: {error}; is a file broken, or not UTF-8?") from error
+ROWS = 64 # that are read at once: a document may have megabytes
+
+def row_batches(
+    rows: IterableDataset,
+    source: str, # what was asked for, for the message
+) -> Iterator[dict[str, list]]: # columns of `ROWS` rows or less
+    "The rows, a few at a time. `ValueError` for what can't be read."
+    try: yield from rows.iter(batch_size=ROWS)
+    except (pa.ArrowException, UnicodeDecodeError, DatasetGenerationError) as error:
+        raise ValueError(f"could not read {source!r}: {error}; is a file broken, of another kind, or not UTF-8?") from error
+
+def name_rows(
+    rows: IterableDataset, # a row a document
+    source: str,           # what was asked for, for names and messages
+    column: str,           # the column that holds the text
+    split: str | None,     # keep the rows that `split_of` gives to this split; None keeps all
+) -> IterableDataset: # columns "name" and "text"
+    "Name the rows by their `name`, else their `id`, else their position; keep those of the split. `ValueError` for what is no text, at once if the first row shows it."
+    first = next(row_batches(rows.take(1), source), None)
     if first is None: raise ValueError(f"{source!r} is empty: it has no rows")
-    if column not in first: raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(map(repr, first))}: pass column=")
-    naming, whole, empty = next((c for c in ("name", "id") if c in first), None), isinstance(rows, Dataset), [0]
+    naming = next((c for c in ("name", "id") if c in first), None)
     def named(batch, numbers):
+        if column not in batch: raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(map(repr, batch))}: pass column=")
         for text in batch[column]:
             if not isinstance(text, str | None): raise ValueError(f"column {column!r} of {source!r} holds {type(text).__name__}, not text: pass column= for another")
         names = [f"{source}/{i}" for i in numbers] if naming is None else map(str, batch[naming])
         kept = [(name, text or "") for name, text in zip(names, batch[column]) if split is None or split_of(name) == split]
         return {"name": [name for name, _ in kept], "text": [text for _, text in kept]}
+    named(first, [0])
+    return rows.map(named, with_indices=True, batched=True, batch_size=ROWS, remove_columns=list(first), features=Features(name=Value("string"), text=Value("string")))
+
+# %% ../nbs/01_data.ipynb #a7c2e914
+@contextlib.contextmanager
+def new_folder(
+    folder: Path, # does not exist yet
+) -> Iterator[Path]: # a folder to write into; it gets its real name in the end
+    "A folder that appears whole or not at all. `OSError`, naming it, when the disk is full."
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        try: yield new
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise OSError(error.errno, f"could not write {folder}: {os.strerror(error.errno)}; make room, or set BLT_DATA to a folder with more") from error
+            raise
+        new.rename(folder)
+
+def write_rows(
+    rows: IterableDataset, # columns "name" and "text"
+    source: str,           # what was asked for, for messages
+    folder: Path,          # to write into
+) -> None:
+    "Write documents to `rows.arrow`, empty ones left out, and to `about.json` how many those were and the fingerprint of the others."
+    schema, mark, part, held, empty = pa.schema([("name", pa.string()), ("text", pa.string())]), Fingerprint(), [], 0, 0
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        def flush(): writer.write_table(pa.table(list(zip(*part)), schema=schema))
+        for batch in row_batches(rows, source):
+            for name, text in zip(batch["name"], batch["text"]):
+                if not text: empty += 1; continue
+                mark.add(name, text)
+                part.append((name, text))
+                held += len(text) + 100 # what an object takes besides
+                if held > 2**23: # few large pieces, since a page or more of each is read when the file is mapped
+                    flush()
+                    part, held = [], 0
+        if part: flush()
+    (folder / "about.json").write_text(json.dumps(dict(fingerprint=str(mark), empty=empty)))
+
+def stored_rows(
+    rows: IterableDataset, # columns "name" and "text"
+    source: str,           # what was asked for, for messages
+    key: str,              # names the content
+) -> Dataset: # the documents that aren't empty, with their fingerprint
+    "Documents in a file, which is written first if the cache of that key isn't there. Errors as in `new_folder` and `row_batches`."
+    folder = data_dir() / "cache" / "rows" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"): # another process may be writing it just now
+        if not folder.is_dir():
+            with new_folder(folder) as new: write_rows(rows, source, new)
+    about = json.loads((folder / "about.json").read_text())
+    if about["empty"]: warnings.warn(f"{source!r}: skipped {about['empty']:,} empty {'document' if about['empty'] == 1 else 'documents'}")
+    return Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=CACHED_MARK + about["fingerprint"])
+
+def without_empty(
+    rows: IterableDataset, # columns "name" and "text"
+    source: str,           # what was asked for, for messages
+) -> IterableDataset:
+    "A stream without empty documents. Nobody knows yet how many there will be, so it is said at the 1st, 10th, 100th, ..."
+    empty = 0
     def has_text(texts):
-        for _ in range(0 if whole else texts.count("")): # of a stream nobody knows yet how many there will be
-            empty[0] += 1
-            if str(empty[0]).strip("0") == "1": warnings.warn(f"{source!r}: skipped {empty[0]:,} empty {'document' if empty[0] == 1 else 'documents'} so far")
+        nonlocal empty
+        for _ in range(texts.count("")):
+            empty += 1
+            if str(empty).strip("0") == "1": warnings.warn(f"{source!r}: skipped {empty:,} empty {'document' if empty == 1 else 'documents'} so far")
         return [text != "" for text in texts]
-    named({name: [value] for name, value in first.items()}, [0]) # a wrong column is an error at once, also of a stream
-    strings = Features(name=Value("string"), text=Value("string"))
-    try: rows = rows.map(named, with_indices=True, batched=True, remove_columns=list(first), features=strings)
-    except UnicodeDecodeError as error: raise ValueError(f"column {column!r} of {source!r} is not UTF-8: {error}; convert the file") from error
-    full = rows.filter(has_text, batched=True, input_columns="text")
-    if whole and len(full) < len(rows): warnings.warn(f"{source!r}: skipped {len(rows) - len(full):,} empty documents")
+    return rows.filter(has_text, batched=True, batch_size=ROWS, input_columns="text")
+
+def load_rows(
+    rows: IterableDataset, # a row a document
+    source: str,           # what was asked for, for names and messages
+    column: str,           # the column that holds the text
+    split: str | None,     # keep the rows that `split_of` gives to this split; None keeps all
+    key: str | None,       # names the content of `rows`, to keep the documents; None: a stream
+) -> Dataset | IterableDataset: # columns "name" and "text"
+    "The documents of rows; empty ones are dropped, and it is said how many. `ValueError` for no text; errors as in `name_rows` and `stored_rows`."
+    named = name_rows(rows, source, column, split)
+    full = without_empty(named, source) if key is None else stored_rows(named, source, json.dumps([CORPUS_VERSION, source, column, split, key]))
     if next(iter(full), None) is None:
         if split is None: raise ValueError(f"{source!r} has no text: column {column!r} is empty in all of its rows; pass column= for another")
         raise ValueError(f"{source!r} has no documents with text for split {split!r}; one document in twenty is for validation, "
@@ -421,22 +499,38 @@ def load_hub(
         raise RuntimeError(f"could not load {name!r} from the Hugging Face Hub ({type(error).__name__}: {error}). Is the id right, is there a network, "
                            "is a configuration needed ('user/name:configuration')? Without a network, use 'docs', 'code' or a local path") from error
     if asked not in splits: raise ValueError(f"{name!r} has no split 'train'; it has {', '.join(splits)}")
-    return load_rows(rows, name, column, None if own else split)
+    if not streaming: rows, key = rows.to_iterable_dataset(), rows._fingerprint
+    return load_rows(rows, name, column, None if own else split, None if streaming else key)
 
 # %% ../nbs/01_data.ipynb #876b02bf
+def parquet_rows(
+    files: list[Path],
+    column: str, # the column that holds the text
+) -> Iterator[dict]: # column by column; if there is no such column, all of them
+    "The rows of Parquet files with the columns that documents are made of. `datasets` would read whole row groups, and a file may have a single one."
+    for path in files:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            names = file.schema_arrow.names
+            for batch in file.iter_batches(ROWS, columns=[name for name in names if name in (column, "name", "id") or column not in names]): yield from batch.to_pylist()
+
 def read_rows(
     name: str | Path,        # what was asked for, for the message
     kind: str,               # "parquet" or "json"
     files: list[Path],       # of that kind
-    streaming: bool = False, # an `IterableDataset`, read as it is needed
-) -> Dataset | IterableDataset: # the rows as they are
-    "Open files that hold rows. `ValueError` for empty files and for what can't be read."
+    column: str,             # the column that holds the text
+) -> IterableDataset: # the rows as they are; of Parquet not all columns
+    "Open files that hold rows. They are read as they are needed, a few rows at a time. `ValueError` for empty files and for what can't be opened."
     if not any(file.stat().st_size for file in files): raise ValueError(f"{str(name)!r} is empty: 0 bytes in {len(files)} files")
-    cache = str(data_dir() / "cache" / "datasets")
-    options = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)} if kind == "parquet" else {} # else a whole file is kept in memory
-    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=streaming, cache_dir=cache, **options)
+    if kind == "parquet": return IterableDataset.from_generator(parquet_rows, gen_kwargs=dict(files=files, column=column))
+    try: return load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=True)
     except Exception as error: # many kinds, the cause is what helps
         raise ValueError(f"could not read {str(name)!r} as {kind}: {error.__cause__ or error}; is a file broken or of another kind?") from error
+
+def files_key(
+    files: list[Path],
+) -> str: # JSON
+    "Names what is in files, without reading them: where they are, how large, and when they were changed."
+    return json.dumps([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 def load_corpus(
     name: str | Path,        # "docs", "code", a path to a file or folder, or a Hub dataset id
@@ -454,12 +548,27 @@ def load_corpus(
     if name != "" and path.exists():
         kind, files = find_files(path)
         if kind == "text": return load_text_files(files, path, split, streaming)
-        return load_rows(read_rows(name, kind, files, streaming), path.name, column, split)
+        return load_rows(read_rows(name, kind, files, column), path.name, column, split, None if streaming else files_key(files))
     if path.suffix.lower() not in TEXT_SUFFIXES | set(ROW_SUFFIXES) and HUB_ID.fullmatch(str(name)): return load_hub(str(name), split, streaming, column)
     raise ValueError(f"unknown corpus {str(name)!r}. Known names: {', '.join(EMBEDDED)}. A path must exist: a folder or a file such as './notes.txt', "
                      "'rows.jsonl' or 'rows.parquet'. A Hub dataset id looks like 'user/name' or 'user/name:configuration'")
 
 # %% ../nbs/01_data.ipynb #59318f61
+MAPPED = 2**25 # characters
+
+def text_batches(
+    data: Dataset | IterableDataset, # a corpus
+) -> Iterator[dict[str, list]]: # columns of `ROWS` rows or less
+    "Rows, a few at a time. What a mapped file has been read for stays in memory as long as it is mapped; so after `MAPPED` characters it is mapped anew."
+    if isinstance(data, IterableDataset): yield from data.iter(batch_size=ROWS); return
+    read, mapped = math.inf, isinstance(data._data, MemoryMappedTable)
+    for first in range(0, len(data), ROWS):
+        if mapped and read > MAPPED:
+            data, read = copy.copy(data), 0
+            data._data = copy.copy(data._data)
+        yield (batch := data[first:first + ROWS])
+        read += sum(map(len, batch["text"]))
+
 def named_documents(
     data: Dataset | IterableDataset | Iterable[str | bytes] | str | bytes, # a corpus, texts, or one text
 ) -> Iterator[tuple[str, bytes]]: # name and bytes of one document after the other; without a name, "document" and its number from 0
@@ -470,7 +579,7 @@ def named_documents(
         for i, text in enumerate(data): yield f"document {i}", to_bytes(text)
         return
     count = 0
-    for batch in data.iter(batch_size=256):
+    for batch in text_batches(data):
         numbered = [f"document {count + i}" for i in range(len(batch["text"]))]
         yield from zip(batch.get("name", numbered), map(to_bytes, batch["text"]))
         count += len(numbered)
@@ -529,7 +638,7 @@ class ByteStream:
 
 # %% ../nbs/01_data.ipynb #765d41fd
 class StoredStream(ByteStream):
-    "A `ByteStream` in files, in the cache. It is written if it isn't there yet; `OSError` if the disk is full."
+    "A `ByteStream` in files, in the cache. It is written if it isn't there yet; errors as in `new_folder`."
     def __init__(self,
         data: Dataset, # columns "name" and "text"
     ):
@@ -540,9 +649,8 @@ class StoredStream(ByteStream):
 
     def write(self) -> None:
         "Write the stream. It appears whole or not at all."
-        with tempfile.TemporaryDirectory(dir=self.folder.parent) as temporary:
-            new, sha, end = Path(temporary) / "stream", hashlib.sha256(), 0
-            new.mkdir()
+        sha, end = hashlib.sha256(), 0
+        with new_folder(self.folder) as new:
             with (new / "ids").open("wb") as ids, (new / "ends").open("wb") as ends:
                 for document in documents(self.data):
                     part = np.append(np.frombuffer(document, np.uint8) + np.uint16(OFFSET), np.uint16(EOS_ID))
@@ -550,7 +658,6 @@ class StoredStream(ByteStream):
                     for file, numbers in ((ids, part), (ends, np.int64(end))): file.write(numbers.tobytes())
                     sha.update(part)
             (new / "digest").write_text(sha.hexdigest()[:12])
-            new.rename(self.folder)
 
     @property
     def ids(self) -> np.ndarray: # (N,)
@@ -686,15 +793,14 @@ def eval_spans(
     stride = window // 2 if stride is None else stride
     if window < 2: raise ValueError(f"window is {window}; it needs at least 2 ids, BOS and one to predict")
     if not 1 <= stride < window: raise ValueError(f"stride is {stride}; with a window of {window} it must be in 1..{window - 1}")
-    spans, begin = [], 0
-    for end in stream.ends.tolist():
-        scored = begin
-        while scored < end:
-            stop = min(end, scored + (window - 1 if scored == begin else stride))
-            spans.append((max(begin, stop - (window - 1)), scored, stop))
-            scored = stop
-        begin = end
-    return np.array(spans, dtype=np.int64).reshape(-1, 3)
+    ends = np.asarray(stream.ends)
+    begins = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    counts = 1 + -(-np.maximum(ends - begins - (window - 1), 0) // stride) # windows of each document
+    document = np.repeat(np.arange(len(ends)), counts)
+    number = np.arange(len(document)) - (np.cumsum(counts) - counts)[document] # of a window in its document, from 0
+    begin, end, reach = begins[document], ends[document], window - 1 + number * stride
+    stop = np.minimum(end, begin + reach)
+    return np.stack([np.maximum(begin, stop - (window - 1)), begin + (reach - stride) * (number > 0), stop], axis=1)
 
 # %% ../nbs/01_data.ipynb #9c55e02c
 def eval_windows(
