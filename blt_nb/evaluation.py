@@ -203,7 +203,7 @@ SCALES = {
         vocabularies={"1k": 300, "4k": 400}, code_bytes=0, noise_bytes=2_000, texts_from=1, mean_patches=(3, 4.5, 6), ablate_at=0, compare_at=0,
         entropy=dict(base={}, small=dict(width=16), wide=dict(attention=128)), entropy_steps=10, entropy_batch=4),
     "laptop": dict(
-        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(1.5e-3, 3e-3, 6e-3),
+        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(2e-3, 5e-3, 1.2e-2),
         seeds={1: (0, 1, 2), 2: (0, 1, 2)}, train_every=1,
         sizes=dict(byte=dict(S=dict(width=96, layers=2, heads=2), M=dict(width=128, layers=3, heads=2), L=dict(width=160, layers=4, heads=4)),
                    bpe=dict(S=dict(width=192, layers=2, heads=3), M=dict(width=256, layers=3, heads=4), L=dict(width=320, layers=3, heads=5)),
