@@ -692,7 +692,7 @@ def part_of(
     parts: int, # as many of equal size
 ) -> slice: # its rows, which lie next to each other
     "What one of several gets when they share a batch. `ValueError` if it can't be dealt out evenly."
-    if rows % parts: raise ValueError(f"{rows} rows can't be dealt out evenly to {parts} (processes, times steps of accumulation); take a batch_size that {parts} divides")
+    if rows % parts: raise ValueError(f"{rows} rows can't be dealt out evenly to {parts} (processes, times steps of accumulation); take a batch_size that {parts} divides, or fewer parts")
     return slice(part * rows // parts, (part + 1) * rows // parts)
 
 SHUFFLED = 2**20 # windows that are shuffled at once
