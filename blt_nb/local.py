@@ -174,7 +174,7 @@ class Unpool(nn.Module):
     ) -> Tensor: # (B, T, d), to be added to x
         "The same where keys and values are there already."
         if keys_values.shape[1] == 1 and is_single(x): return self.row(x[0, 0], keys_values[0, 0])[None, None]
-        if keys_values.shape[1] > 1: # else all see the same
+        if keys_values.shape[1] != 1: # else all see the same
             rows = flat_groups(sources, keys_values.shape[1])
             keys_values = keys_values.flatten(0, 1).flatten(1)[rows].view(*sources.shape, *keys_values.shape[2:]) # one gather: (B · T, k · 2 · d)
         keys, values = keys_values.unbind(3)
