@@ -732,7 +732,8 @@ def on_its_gpu(
     if len(gpus) > 1: os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     try: yield
     finally:
-        if len(gpus) > 1: os.environ.pop("CUDA_VISIBLE_DEVICES") if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)
+        if before is not None: os.environ["CUDA_VISIBLE_DEVICES"] = before
+        else: os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 def worker(
     number: int,  # names its log

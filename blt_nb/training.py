@@ -925,6 +925,7 @@ def save_stage(
     if processes().is_main_process:
         with replace_folder(folder_of("checkpoints") / stage) as new:
             copy.deepcopy(model).bfloat16().save_pretrained(new)
+            (new / "README.md").unlink(missing_ok=True) # a template of the Hub, which says that the model is there
             history.round(5).to_csv(new / "history.csv", index=False)
             (new / "training.json").write_text(json.dumps(dict(identity=identity, result=row), indent=1))
         record_result(**row)
