@@ -203,12 +203,12 @@ SCALES = {
         vocabularies={"1k": 300, "4k": 400}, code_bytes=0, noise_bytes=2_000, texts_from=1, mean_patches=(3, 4.5, 6), ablate_at=0, compare_at=0,
         entropy=dict(base={}, small=dict(width=16), wide=dict(attention=128)), entropy_steps=10, entropy_batch=4),
     "laptop": dict(
-        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M", "L")), grid=(2e-3, 5e-3, 1.2e-2),
+        budgets=(2.7e12, 8.1e12, 2.43e13, 7.29e13), batches=(8, 16, 16, 16), candidates=(("S", "M"), ("S", "M"), ("M", "L"), ("M",)), grid=(1.5e-3, 3e-3, 6e-3),
         seeds={1: (0, 1, 2), 2: (0, 1, 2)}, train_every=1,
         sizes=dict(byte=dict(S=dict(width=96, layers=2, heads=2), M=dict(width=128, layers=3, heads=2), L=dict(width=160, layers=4, heads=4)),
                    bpe=dict(S=dict(width=192, layers=2, heads=3), M=dict(width=256, layers=3, heads=4), L=dict(width=320, layers=3, heads=5)),
-                   blt=dict(S=dict(width=64, heads=2, latent_width=128, latent_heads=2, latent_layers=3), M=dict(width=96, heads=2, latent_width=192, latent_heads=3, latent_layers=3),
-                            L=dict(width=128, heads=2, latent_width=256, latent_heads=4, latent_layers=3))),
+                   blt=dict(S=dict(width=64, heads=2, latent_width=128, latent_heads=2, latent_layers=2), M=dict(width=96, heads=2, latent_width=192, latent_heads=3, latent_layers=2),
+                            L=dict(width=128, heads=2, latent_width=256, latent_heads=4, latent_layers=2))),
         vocabularies={"1k": 1024, "4k": 4096}, code_bytes=200_000, noise_bytes=60_000, texts_from=2, mean_patches=(3, 4.5, 6, 8), ablate_at=1, compare_at=2,
         entropy=dict(base={}, small=dict(width=64, heads=1), large=dict(width=192, layers=2, heads=3), narrow=dict(attention=16), wide=dict(attention=512)),
         entropy_steps=600, entropy_batch=16),
@@ -257,6 +257,7 @@ def resolve(
     e, s = experiment, scale()
     if e.budget is None: return dataclasses.replace(e, part="")
     def best(choices: dict): # choice -> experiment
+        if len(choices) == 1: return next(iter(choices)) # nothing to choose
         if None in choices.values() or any(c.name not in bpb for c in choices.values()): return None
         return min(choices, key=lambda choice: math.inf if math.isnan(bpb[choices[choice].name]) else bpb[choices[choice].name])
     lr, size = e.lr, e.size
