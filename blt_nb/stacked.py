@@ -87,17 +87,14 @@ class SurprisalHead(nn.Module):
         said = self.out(F.silu(self.inside(torch.cat([self.norm(x), first[..., None].to(x.dtype)], -1))))
         return self.mean[0] + self.std[0] * said.squeeze(-1).float()
 
-HEAD_PACE = 3.0
-
 class SurprisalReader(nn.Module):
-    "A BLT that reads, and a head that says what the next patch will cost. The head starts from nothing, so it learns `HEAD_PACE` times as fast as the BLT."
+    "A BLT that reads, and a head that says what the next patch will cost."
     def __init__(self,
         maker: BLT,          # any number of levels
         head: SurprisalHead, # what it makes of the maker's knowledge
     ):
         super().__init__()
         self.maker, self.head = maker, head
-        head.pace = HEAD_PACE # see `blt_nb.training.param_groups`
 
     def forward(self,
         ids: Tensor,                # (B, T)
@@ -108,6 +105,8 @@ class SurprisalReader(nn.Module):
 
 
 # %% ../nbs/10_stacked.ipynb #df3d70f5
+HEAD_PACE = 3.0 # the head starts from nothing: it learns so many times as fast as the copy, see `blt_nb.training.param_groups`
+
 def train_surprisal_reader(
     blt: BLT,          # trained, any number of levels; stays as it is
     loader: PatchedLoader, # batches with the patches of its levels
@@ -120,6 +119,7 @@ def train_surprisal_reader(
     torch.manual_seed(seed)
     device, judge = processes().device, blt.reader().to(processes().device)
     reader = SurprisalReader(blt.reader().requires_grad_(True), SurprisalHead(blt.config.levels[0].encoder.width, hidden))
+    reader.head.pace = HEAD_PACE
 
     @torch.no_grad()
     def truth(ids, patches):

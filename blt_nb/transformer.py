@@ -283,7 +283,7 @@ def window_mask(
 
 # %% ../nbs/02_transformer.ipynb #6c1d0a52
 def mkl_is_fast() -> bool:
-    "Is this processor Intel's? Where the system doesn't say, no."
+    "Is MKL there, and this processor Intel's? Where the system doesn't say, no."
     try: makers = Path("/proc/cpuinfo").read_text()
     except OSError: makers = platform.processor()
     return torch.backends.mkl.is_available() and "GenuineIntel" in makers
