@@ -133,10 +133,11 @@ class IdWindow:
 
     def push(self,
         ids: Tensor, # (1, T) new ids
-    ) -> Tensor: # (1, C + T), the ids before them in front
-        whole = ids if self.ids is None else torch.cat([self.ids, ids], 1)
+    ) -> Tensor | None: # (1, C) the ids before them; None: there are none
+        before = self.ids
+        whole = ids if before is None else torch.cat([before, ids], 1)
         self.ids = whole[:, max(0, whole.shape[1] - self.size):]
-        return whole
+        return before
 
 class EntropyModelState:
     "An entropy model that goes on where it was."
@@ -148,9 +149,7 @@ class EntropyModelState:
     def push(self,
         ids: Tensor, # (1, T) new ids
     ) -> Tensor: # (T,) nats, float32: the entropy of the id after each
-        context = self.window.ids
-        self.window.push(ids)
-        return entropy_of(self.model(ids, self.caches, context)[0])
+        return entropy_of(self.model(ids, self.caches, self.window.push(ids))[0])
 
 # %% ../nbs/09_generation.ipynb #cf5d6be2
 class ThresholdState(PatcherState):
@@ -279,8 +278,7 @@ class NetworkState:
         ids: Tensor,            # (1, T) new ids
         ends: Sequence[Tensor], # for each level, (n,) bool: does a group end with this new item?
     ) -> Tensor: # see `LevelState.push`
-        x = self.blt.embeddings(self.window.push(ids))[:, -ids.shape[1]:]
-        return self.level.push(x, *ends)
+        return self.level.push(self.blt.embeddings(ids, self.window.push(ids)), *ends)
 
 # %% ../nbs/09_generation.ipynb #a9cda978
 class SurprisalState(ThresholdState):

@@ -173,7 +173,6 @@ class Unpool(nn.Module):
         sources: Tensor,     # (B, T) the group that each item sees
     ) -> Tensor: # (B, T, d), to be added to x
         "The same where keys and values are there already."
-        if keys_values.shape[1] == 1 and is_single(x): return self.row(x[0, 0], keys_values[0, 0])[None, None]
         if keys_values.shape[1] != 1: # else all see the same
             rows = flat_groups(sources, keys_values.shape[1])
             keys_values = keys_values.flatten(0, 1).flatten(1)[rows].view(*sources.shape, *keys_values.shape[2:]) # one gather: (B · T, k · 2 · d)
@@ -213,6 +212,13 @@ class AddUnpool(nn.Module):
         sources: Tensor, # (B, T) the group that each item sees
     ) -> Tensor: # (B, T, d), to be added to x
         return known.gather(1, sources[..., None].expand(-1, -1, known.shape[-1]))
+
+    def row(self,
+        x: Tensor,     # (d,) one item
+        known: Tensor, # (d,) of the group that it sees
+    ) -> Tensor: # (d,), to be added to x
+        "The same for a single item."
+        return known
 
 UNPOOLS = {"attention": Unpool, "add": AddUnpool}
 
@@ -318,6 +324,22 @@ class LocalDecoder(nn.Module):
         caches: Sequence[KVCache], # from `transformer.caches()`; x goes on where they end
     ) -> Tensor: # (B, T, d)
         "Go on with a text whose groups are known."
-        x, rope = self.norm(x), self.transformer.rope(x.shape[1], caches[0].length if caches else 0, x.device)
+        before = caches[0].length if caches else 0
+        rope = self.transformer.rope(x.shape[1], before, x.device)
+        if before and is_single(x) and all(part.shape[1] == 1 for part in known): return self.row(x[0, 0], [part[0, 0] for part in known], rope, caches)[None, None]
+        x = self.norm(x)
         for i, cache in enumerate(caches): x = self.layer(i, x, known[i] if i < len(known) else None, sources, rope, cache)
+        return x
+
+    def row(self,
+        x: Tensor,                   # (d,) one item, float32 on the CPU
+        known: Sequence[Tensor],     # of the group that it sees, for each unpool
+        rope: tuple[Tensor, Tensor], # its angles
+        caches: Sequence[KVCache],   # not empty
+    ) -> Tensor: # (d,)
+        "The same for a single item."
+        x = self.norm(x)
+        for i, (block, cache) in enumerate(zip(self.transformer.blocks, caches)):
+            if i < len(known): x = torch.add(self.unpools[i].row(x, known[i]), x, alpha=self.skip)
+            x = block.row(x, rope, cache)
         return x

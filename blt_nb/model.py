@@ -26,7 +26,7 @@ from .entropy import EntropyConfig, EntropyModel, NgramConfig, NgramEmbedding, g
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
 from .training import SERIES, Pretrained, bits_per_byte, fast_precision, fit, load_or_train, load_splits, my_part, preset, round_bf16, save_stage, unfinished
-from .transformer import Linear, RMSNorm, Transformer, TransformerConfig, init_linear, query_block
+from .transformer import Linear, RMSNorm, Transformer, TransformerConfig, init_linear, is_single, query_block
 
 # %% ../nbs/08_blt.ipynb #a77ff38f
 @dataclass
@@ -136,12 +136,13 @@ class BLT(nn.Module, Pretrained):
 
     def embeddings(self,
         ids: Tensor, # (B, T)
+        context: Tensor | None = None, # (B, C) the ids just before, for the n-grams that reach back
     ) -> Tensor: # (B, T, d)
         "A vector for each byte: its own, and those of the n-grams that end there. Errors as in `check_row`."
         check_row(ids)
         ids = ids.long()
         x = self.embed(ids)
-        return x if self.ngrams is None else x + self.ngrams(ids)
+        return x if self.ngrams is None else x + self.ngrams(ids, context)
 
     def begin(self,
         ids: Tensor,                              # (B, T)
@@ -169,7 +170,7 @@ class BLT(nn.Module, Pretrained):
         x: Tensor, # (B, T, d) what the levels know at each id
     ) -> Tensor: # (B, T, 260) of the id after each
         "The end of `forward`: norm and head."
-        x = self.norm(x)
+        x = self.norm.row(x[0, 0])[None, None] if is_single(x) else self.norm(x)
         return nn.functional.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def states(self,

@@ -311,10 +311,11 @@ def ordinary(
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 def is_single(
-    x: Tensor, # (B, T, d)
+    x: Tensor, # (B, T, ...)
+    weight: Tensor | None = None, # what is looked up, where x are ids
 ) -> bool:
     "Is it one position of one text, and are no gradients wanted? Then the methods `row` do the same with fewer operators."
-    return x.shape[:2] == (1, 1) and not torch.is_grad_enabled() and ordinary(x)
+    return x.shape[:2] == (1, 1) and not torch.is_grad_enabled() and ordinary(x if weight is None else weight)
 
 class Product(torch.autograd.Function):
     "The same with its gradients, which are two products more."
@@ -441,7 +442,6 @@ class Block(nn.Module):
         cache: KVCache | None = None, # of this block's attention
         mask: BlockMask | None = None, # see `Attention`
     ) -> Tensor: # (B, T, d)
-        if cache is not None and cache.length and is_single(x): return self.row(x[0, 0], rope, cache)[None, None]
         x = x + self.attention(self.attention_norm(x), rope, cache, mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -450,7 +450,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor], # its angles
         cache: KVCache,              # not empty
     ) -> Tensor: # (d,)
-        "The same for a single position. Writing does nothing else all the time, and so little at once that each operator counts."
+        "The same for a single position."
         x = self.attention.row(self.attention_norm.row(x), rope, cache, x)
         return self.mlp.row(self.mlp_norm.row(x), x)
 
@@ -518,5 +518,15 @@ class Transformer(nn.Module):
                              "at a time, as bits_per_byte(..., window=512) and generate(..., context=512) do, or build the model with a window; "
                              "or raise blt_nb.transformer.LONGEST, if you have the time")
         rope = self.rope(x.shape[1], before, x.device)
+        if before and is_single(x): return self.row(x[0, 0], rope, caches)[None, None]
         for i, block in enumerate(self.blocks): x = block(x, rope, caches[i]) if caches else sparing(block, x, rope)
+        return x
+
+    def row(self,
+        x: Tensor,                   # (d,) one position of one text, float32 on the CPU
+        rope: tuple[Tensor, Tensor], # its angles
+        caches: Sequence[KVCache],   # not empty
+    ) -> Tensor: # (d,)
+        "The same for a single position. Writing does nothing else all the time, and so little at once that each operator counts."
+        for block, cache in zip(self.blocks, caches): x = block.row(x, rope, cache)
         return x
