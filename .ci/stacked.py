@@ -23,7 +23,7 @@ from blt_nb.data import Loader, fingerprint
 from blt_nb.evaluation import Table, cache_folder, on_its_gpu, patcher_key, remembered
 from blt_nb.model import BLT, Level, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, silenced, training_flops
 from blt_nb.patching import StaticPatcher, calibrate
-from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalHead, SurprisalPatcher, SurprisalReader, stack, stacked_config, train_surprisal_reader
+from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalHead, SurprisalPatcher, SurprisalReader, stack, stacked_config, surprisal_reader
 from blt_nb.training import bits_per_byte, fit, folder_of, hardware, load_splits, preset, preset_name
 
 STEPS = {"ci": 8, "laptop": 600, "gpu": 600}[preset_name()]  # of the one-level model; the others spend as many FLOPs
@@ -97,7 +97,7 @@ def reader_for(blt, seed):
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if not file.is_file():
-            reader, _ = train_surprisal_reader(blt, loader(blt, load_splits()[0], seed + 2), p.hidden, p.steps, p.lr, seed)
+            reader = surprisal_reader(blt, loader(blt, load_splits()[0], seed + 2), seed)
             save_file({name: tensor.cpu() for name, tensor in reader.state_dict().items()}, file)
     reader = SurprisalReader(blt.reader(), SurprisalHead(blt.config.levels[0].encoder.width, p.hidden))
     reader.load_state_dict(load_file(file))
@@ -115,7 +115,7 @@ def patcher_for(rule, mean, blt, seed, setting):
     else:
         patcher = ControlPatcher(rule, blt.patchers[0], max_length=longest)
     device = next(blt.parameters()).device
-    cut = [(ids.to(device), None, [p.to(device) for p in patches]) for ids, patches in (batches.batch(head.steps + i) for i in range(32))]
+    cut = [(ids.to(device), None, [p.to(device) for p in patches]) for ids, patches in (batches.batch(head.steps + head.own_steps + i) for i in range(32))]
     return calibrate(patcher.to(device), cut, mean, "rise" if rule == "U risen" else "threshold")
 
 

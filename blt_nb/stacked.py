@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['HEAD_PACE', 'CONTROLS', 'next_groups', 'next_patch_entropies', 'last_bytes', 'end_states', 'SurprisalHead',
-           'SurprisalReader', 'train_surprisal_reader', 'SurprisalPatcher', 'surprisal_patcher', 'dice', 'punctuation',
-           'ControlPatcher', 'stack', 'stacked_config', 'train_stacked', 'get_stacked']
+           'SurprisalReader', 'RowCache', 'branch_block', 'can_write_patches', 'write_next_patches', 'fit_reader',
+           'train_surprisal_reader', 'correct_surprisal_reader', 'surprisal_reader', 'SurprisalPatcher',
+           'surprisal_patcher', 'dice', 'punctuation', 'ControlPatcher', 'stack', 'stacked_config', 'train_stacked',
+           'get_stacked']
 
 # %% ../nbs/10_stacked.ipynb #6a86f7ca
 import copy, dataclasses, math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -21,9 +24,9 @@ from torch import Tensor
 from .data import OFFSET, Loader
 from .entropy import entropy_of, ngram_hashes
 from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, fit_blt, get_blt, save_blt, training_flops
-from .patching import Patcher, Patches, ThresholdPatcher, calibrate
+from .patching import EntropyPatcher, Patcher, Patches, ThresholdPatcher, calibrate
 from .training import config_from_json, fit, load_or_train, load_splits, preset, processes, unfinished
-from .transformer import RMSNorm, TransformerConfig, init_linear
+from .transformer import Block, KVCache, RMSNorm, TransformerConfig, init_linear, rope_table, rotate
 
 # %% ../nbs/10_stacked.ipynb #a8931309
 def next_groups(
@@ -104,8 +107,123 @@ class SurprisalReader(nn.Module):
         return self.head(known, self.maker.logits(known))
 
 
+# %% ../nbs/10_stacked.ipynb #0a100042
+class RowCache(KVCache):
+    "Keeps the keys and values of one pass over whole rows, however far attention looks back."
+    def extend(self, k, v):
+        self.length, self.keys, self.values, self.begin, self.end = k.shape[2], k, v, 0, k.shape[2]
+        return k, v
+
+def branch_block(
+    block: Block,
+    x: Tensor,        # (B, J, d) the newest position of each of J branches of each row
+    rope: tuple[Tensor, Tensor], # angles of these B · J positions
+    row: RowCache,    # of the rows
+    own: list[Tensor], # keys and values (B, J, written, h_kv, head_width) of the branches, or nothing yet; the new ones are added
+    seen: Tensor,     # (B, J, T) bool: which positions of the row does each see?
+) -> Tensor: # (B, J, d)
+    "As `Block.forward`, where each position has a row's beginning and a branch of its own behind it."
+    a, (B, J, _) = block.attention, x.shape
+    q, k, v = a.qkv(block.attention_norm(x)).view(B, J, -1, a.head_width).split([a.heads, a.kv_heads, a.kv_heads], 2)
+    q, k = (rotate(t.flatten(0, 1)[None], rope).view(B, J, -1, a.head_width) for t in (q, k))
+    own[:] = [torch.cat([kept, new[:, :, None]], 2) for kept, new in zip(own, (k, v))] if own else [k[:, :, None], v[:, :, None]]
+    if a.window is not None: own[:] = [t[:, :, -a.window:] for t in own]
+    q = q.unflatten(2, (a.kv_heads, -1)) * a.head_width ** -0.5
+    far = torch.einsum("bjhgd,bhtd->bjhgt", q, row.k).masked_fill(~seen[:, :, None, None], -torch.inf)
+    near = torch.einsum("bjhgd,bjihd->bjhgi", q, own[0])
+    far, near = torch.cat([far, near], -1).softmax(-1).to(v.dtype).split([far.shape[-1], near.shape[-1]], -1)
+    y = torch.einsum("bjhgt,bhtd->bjhgd", far, row.v) + torch.einsum("bjhgi,bjihd->bjhgd", near, own[1])
+    x = x + a.out(y.flatten(2))
+    return x + block.mlp(block.mlp_norm(x))
+
+def can_write_patches(
+    blt: BLT, # with its patchers
+) -> bool:
+    "Is it a model that `write_next_patches` can handle: of one level, cut by an entropy model that forgets nothing?"
+    return len(blt.patchers) == 1 and isinstance(blt.patchers[0], EntropyPatcher) and not blt.patchers[0].reset_at_newline
+
+@torch.no_grad()
+def write_next_patches(
+    blt: BLT,         # see `can_write_patches`
+    ids: Tensor,      # (B, T)
+    patches: Patches, # of them
+    generator: torch.Generator | None = None,
+    longest: int = 64, # bytes of a patch; one that is longer is given up
+    written: dict[tuple[int, int], list[int]] | None = None, # takes the ids, by row and patch
+) -> tuple[Tensor, Tensor]: # (B, N) nats and (B, N) bool: where a patch is over and the next one, as the model writes it, too
+    "After each patch the model writes the next one: the sum of its conditional entropies along that. One sample of what has the mean U."
+    rule, level = blt.patchers[0], blt.level
+    networks = rule.model.transformer, level.encoder.transformer, level.decoder.transformer
+    rows = [[RowCache(network.config.window) for _ in network.blocks] for network in networks]
+    scores = entropy_of(rule.model(ids, rows[0]))
+    x = level.encoder.transformer(blt.embeddings(ids), rows[1])
+    known = level.decoder.known(level.inner(level.encoder.pool(x, patches)))
+    logits = blt.logits(level.decoder.write(x, known, patches.sources, rows[2]))
+
+    def pick(t, order): # (B, J, ...) -> (B, J', ...)
+        return t.gather(1, order.view(*order.shape, *[1] * (t.ndim - 2)).expand(*order.shape, *t.shape[2:]))
+    begin = last_bytes([patches]) # the byte that each branch comes after
+    number = torch.arange(begin.shape[1], device=ids.device).expand_as(begin) # of the patch before it
+    live = patches.starts.gather(1, begin + 1) & (number < patches.counts[:, None])
+    reach = max([1, *(max(m.ngrams.config.sizes) for m in (rule.model, blt) if m.ngrams is not None)])
+    near = pick(F.pad(ids, (reach - 1, 0)).unfold(1, reach, 1), begin) # (B, J, reach) the last ids
+    before, log_p, at = pick(scores, begin), pick(logits, begin).float().log_softmax(-1), begin
+    sums, whole, own = torch.zeros(begin.shape, device=ids.device), torch.zeros_like(live), [[[] for _ in some] for some in rows]
+    positions = torch.arange(ids.shape[1], device=ids.device)
+
+    def run(i, x): # one of the networks
+        config = networks[i].config
+        rope, seen = rope_table(at.flatten(), config.width // config.heads, config.theta), positions <= begin[..., None]
+        if config.window is not None: seen &= positions > at[..., None] - config.window
+        for j, block in enumerate(networks[i].blocks):
+            if i == 2 and j < len(known): x = torch.add(level.decoder.unpools[j].look(x, known[j], number), x, alpha=level.decoder.skip)
+            x = branch_block(block, x, rope, rows[i][j], own[i][j], seen)
+        return x
+
+    for _ in range(longest):
+        order = live.long().argsort(dim=1, descending=True, stable=True)[:, :max(1, int(live.sum(1).max()))]
+        if order.shape[1] < 0.8 * live.shape[1]: # leave out those that are over
+            live, number, begin, at, near, before, log_p = (pick(t, order) for t in (live, number, begin, at, near, before, log_p))
+            own = [[[pick(t, order) for t in layer] for layer in some] for some in own]
+        p = log_p.exp()
+        dice = torch.rand(*live.shape, 1, generator=generator, device=ids.device)
+        drawn = (p.cumsum(-1) < dice).sum(-1).clamp(max=p.shape[-1] - 1) # as `multinomial`, which takes much longer for many rows
+        sums.scatter_add_(1, number, -(p * log_p).sum(-1) * live)
+        if written is not None:
+            for row, j in live.nonzero().tolist(): written.setdefault((row, int(number[row, j])), []).append(int(drawn[row, j]))
+        near, at = torch.cat([near[..., 1:], drawn[..., None]], -1), at + 1
+        def embedded(model): # the newest byte of each branch
+            x = model.embed(drawn)
+            return x if model.ngrams is None else x + model.ngrams(near.flatten(0, 1), last=1).view_as(x)
+        # does the patch end here?
+        score = entropy_of(rule.model.head(rule.model.norm(run(0, embedded(rule.model)))))
+        ends = torch.ones_like(live)
+        if rule.threshold is not None: ends &= score > rule.threshold
+        if rule.rise is not None: ends &= score - before > rule.rise
+        if rule.max_length is not None: ends |= (at - begin) % rule.max_length == 0
+        whole.scatter_(1, number, whole.gather(1, number) | ends & live)
+        before, live = score, live & ~ends
+        if not live.any(): break
+        log_p = blt.logits(run(2, level.decoder.norm(run(1, embedded(blt))))).float().log_softmax(-1)
+    return sums, whole
+
+
 # %% ../nbs/10_stacked.ipynb #df3d70f5
 HEAD_PACE = 3.0 # the head starts from nothing: it learns so many times as fast as the copy, see `blt_nb.training.param_groups`
+
+def fit_reader(
+    reader: SurprisalReader, # learns
+    targets: Callable, # targets(ids, patches) -> (B, N) nats and (B, N) bool: which count
+    loader,            # batches of ids with their patches
+    steps: int,
+    lr: float,
+    title: str,
+) -> pd.DataFrame: # its history; the error is in units of the target's variance
+    def loss(model, ids, patches):
+        target, complete = targets(ids, patches)
+        error = (model(ids, patches) - target) / reader.head.std[0]
+        return error[complete].square().mean() * math.log(2) # `fit` shows losses over ln 2
+    return fit(reader, loader, steps, lr, loss=loss, weight_decay=0.01, title=title).rename(columns={"loss": "squared error"}).drop(columns="valid")
 
 def train_surprisal_reader(
     blt: BLT,          # trained, any number of levels; stays as it is
@@ -134,12 +252,38 @@ def train_surprisal_reader(
     seen = torch.cat(seen, 1)
     reader.head.mean.copy_(seen.mean(1))
     reader.head.std.copy_(seen.std(1))
-    def loss(model, ids, patches):
-        _, target, complete = truth(ids, patches)
-        error = (model(ids, patches) - target) / reader.head.std[0]
-        return error[complete].square().mean() * math.log(2) # `fit` shows losses over ln 2
-    history = fit(reader, loader, steps, lr, loss=loss, weight_decay=0.01, title="surprisal reader")
-    return reader.to(next(blt.parameters()).device).eval(), history.rename(columns={"loss": "squared error"}).drop(columns="valid")
+    history = fit_reader(reader, lambda ids, patches: truth(ids, patches)[1:], loader, steps, lr, "surprisal reader")
+    return reader.to(next(blt.parameters()).device).eval(), history
+
+def correct_surprisal_reader(
+    reader: SurprisalReader, # learns on, in place
+    blt: BLT,          # that it was trained on, with its patchers; stays as it is
+    loader: PatchedLoader, # batches with its patches
+    steps: int,        # optimiser steps
+    lr: float,         # peak learning rate
+    seed: int = 0,     # of what is written
+    begin: int = 0,    # the first batch
+) -> pd.DataFrame: # its history; the error is in units of the target's variance
+    "Teach a reader on, with next patches as the model writes them (see `write_next_patches`). `ValueError` for a model that can't be asked for them."
+    if not can_write_patches(blt): raise ValueError(f"next patches can be written by models of one level that an entropy model cuts, without resets at newlines; this one has patchers {[p.kind for p in blt.patchers]}. "
+                                                    "Take the reader as train_surprisal_reader made it")
+    device = processes().device
+    writer, random = copy.deepcopy(blt).to(device).eval(), torch.Generator(device).manual_seed(seed)
+    later = SimpleNamespace(batch=lambda step, *part: loader.batch(begin + step, *part))
+    history = fit_reader(reader.train(), lambda ids, patches: write_next_patches(writer, ids, *patches, random), later, steps, lr, "surprisal reader, the model writes")
+    reader.to(next(blt.parameters()).device).eval()
+    return history
+
+def surprisal_reader(
+    blt: BLT,          # trained, any number of levels, with its patchers
+    loader: PatchedLoader, # batches with the patches of its levels
+    seed: int = 0,     # of the head's weights, and of what is written
+) -> SurprisalReader:
+    "Both, as the running preset has it; the second where the model can be asked."
+    p = preset("head")
+    reader, _ = train_surprisal_reader(blt, loader, p.hidden, p.steps, p.lr, seed)
+    if p.own_steps and can_write_patches(blt): correct_surprisal_reader(reader, blt, loader, p.own_steps, p.own_lr, seed, p.steps)
+    return reader
 
 
 # %% ../nbs/10_stacked.ipynb #311a1055
@@ -184,9 +328,9 @@ def surprisal_patcher(
     "Everything that cutting the next level needs: what reads, and the threshold."
     data, p, level = preset("data"), preset("head"), preset("stacked")
     loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed + 2), blt.segment)
-    if reader is None: reader, _ = train_surprisal_reader(blt, loader, p.hidden, p.steps, p.lr, seed)
+    if reader is None: reader = surprisal_reader(blt, loader, seed)
     patcher = SurprisalPatcher(reader.maker, reader.head, max_length=level.max_group)
-    batches = [(ids, None, patches) for ids, patches in (loader.batch(p.steps + i) for i in range(32))]
+    batches = [(ids, None, patches) for ids, patches in (loader.batch(p.steps + p.own_steps + i) for i in range(32))]
     return calibrate(patcher, batches, level.mean_group, rule)
 
 # %% ../nbs/10_stacked.ipynb #c0a7501b
