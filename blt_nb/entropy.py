@@ -84,12 +84,11 @@ class NgramEmbedding(nn.Module):
         ids: Tensor, # (B, T)
         context: Tensor | None = None, # (B, C) the ids just before; None: the text begins here
     ) -> Tensor: # (B, T, d)
-        if context is not None:
-            whole = torch.cat([context, ids], 1)
-            return self.row(whole[0])[None, None] if is_single(ids, self.table.weight) else self(whole)[:, context.shape[1]:]
-        hashes = [ngram_hashes(ids, n, self.config.rows, prime) for prime in PRIMES[:self.config.functions] for n in self.config.sizes]
+        whole = ids if context is None else torch.cat([context, ids], 1)
+        if context is not None and is_single(ids, self.table.weight): return self.row(whole[0])[None, None]
+        hashes = [ngram_hashes(whole, n, self.config.rows, prime) for prime in PRIMES[:self.config.functions] for n in self.config.sizes]
         offsets = self.config.rows * torch.arange(len(hashes), device=ids.device)
-        rows = torch.stack(hashes, -1) + offsets # (B, T, tables)
+        rows = torch.stack(hashes, -1)[:, whole.shape[1] - ids.shape[1]:] + offsets # (B, T, tables)
         if self.project is None: return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, ids.shape) # added up as they are fetched
         return self.project(self.table(rows).flatten(2))
 

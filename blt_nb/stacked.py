@@ -194,7 +194,7 @@ def write_next_patches(
         near, at = torch.cat([near[..., 1:], drawn[..., None]], -1), at + 1
         def embedded(model): # the newest byte of each branch
             x = model.embed(drawn)
-            return x if model.ngrams is None else x + model.ngrams(near.flatten(0, 1), last=1).view_as(x)
+            return x if model.ngrams is None else x + model.ngrams(drawn.view(-1, 1), near.flatten(0, 1)[:, :-1]).view_as(x)
         # does the patch end here?
         score = entropy_of(rule.model.head(rule.model.norm(run(0, embedded(rule.model)))))
         ends = torch.ones_like(live)
