@@ -809,7 +809,7 @@ PRESETS = {
                     ngram_sizes=(3, 4, 5, 6, 7, 8), ngram_rows=262144, ngram_width=64, mean_patch=6, max_patch=64, steps=4000, lr=1.2e-2),
         "byte": dict(width=384, layers=6, heads=6, lr=1.2e-2),
         "tokens": dict(width=512, layers=8, heads=8, vocab=8192, lr=1.2e-2),
-        "head": dict(hidden=256, steps=500, lr=1e-3, own_steps=0, own_lr=3e-4),
+        "head": dict(hidden=256, steps=500, lr=1e-3, own_steps=100, own_lr=3e-4),
         "stacked": dict(encoder_layers=2, decoder_layers=2, latent_width=512, latent_layers=3, latent_heads=8, mean_group=4.5, max_group=32, lr=1.2e-2),
         "run": dict(flops=1.1e16, code=120_000_000, valid_bytes=300_000, large=dict(width=768, latent_width=1536, latent_layers=16, decoder_layers=3, attention=512), large_steps=40),
     },
