@@ -10,7 +10,7 @@ __all__ = ['BLOCK', 'PARTS', 'TOLERANCE', 'RULES', 'range_mask', 'Items', 'byte_
            'random_batch', 'step_function', 'training_speed', 'sized_config', 'byte_config', 'relative_error',
            'gradients', 'small_config', 'agreement', 'make_theirs', 'race', 'peak_memory', 'middle_threshold',
            'beside_transformers', 'top_kernels', 'read_corpora', 'candidates', 'check', 'deal', 'windows_of',
-           'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'control_patcher', 'uncertainties',
+           'PackedLoader', 'cut_bytes', 'patch_targets', 'fit_head', 'control_patcher', 'every_nth', 'uncertainties',
            'control_scores', 'cut_patches', 'Run', 'valid_texts', 'first_texts', 'training_texts', 'train',
            'learn_tokens', 'write_speed', 'Bench', 'train_all', 'changed', 'variant', 'sweep', 'main']
 
@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .data import EMBEDDED, OFFSET, VOCAB_SIZE, ByteStream, Loader, data_dir, encode, load_corpus, load_passages, name_hash, to_bytes
+from .data import EMBEDDED, OFFSET, VOCAB_SIZE, ByteStream, Loader, data_dir, encode, fingerprint, load_corpus, load_passages, name_hash, to_bytes
 from .entropy import EntropyConfig, EntropyModel, NgramConfig, entropy_config, entropy_of
 from .evaluation import TokenConfig, TokenModel, TokenStream, Vocabulary, cutting_flops, score
 from .generation import State
@@ -859,6 +859,13 @@ def control_patcher(
     p = preset("stacked")
     return StaticPatcher(round(p.mean_group)) if rule == "every n-th" else ControlPatcher(rule, bytes_, max_length=p.max_group)
 
+def every_nth(
+    items: int,
+    n: int,
+) -> np.ndarray: # (items + 1,) bool, see `pack`
+    "As `StaticPatcher` cuts."
+    return np.r_[True, np.arange(items) % n == 0]
+
 @torch.no_grad()
 def uncertainties(
     packed: PackedBLT, # of the one-level model
@@ -903,15 +910,15 @@ def cut_patches(
 class Run:
     "A run that can be cut: results of stages and trained models in a folder. `TimeoutError` when a stage would begin after the limit."
     def __init__(self,
-        folder: Path,
+        folder: Path, # what is trained with another seed goes into another folder in it
         limit: float, # seconds
         table: Path,  # a CSV file, written after each stage
         seed: int = 0, # of weights and of the order of the text
     ):
-        self.folder, self.limit, self.table, self.seed, self.start, self.rows = folder, limit, table, seed, time.perf_counter(), []
+        self.folder, self.limit, self.table, self.seed, self.start, self.rows = folder / f"seed-{seed}", limit, table, seed, time.perf_counter(), []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.fast = self.device.type == "cuda" # what is compiled, and measured at full size
-        for path in (folder, table.parent): path.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder, table.parent): path.mkdir(parents=True, exist_ok=True)
 
     def note(self, model: str, what: str, value: float, unit: str) -> None:
         "A number for the table."
@@ -920,7 +927,7 @@ class Run:
 
     def write(self) -> None:
         "The table, as far as it goes."
-        pd.DataFrame(self.rows).assign(preset=preset_name(), seed=self.seed, hardware=hardware(), torch=torch.__version__).to_csv(self.table, index=False)
+        pd.DataFrame(self.rows).assign(preset=preset_name(), seed=self.seed, corpora=" ".join(fingerprint(load_corpus(name)) for name in EMBEDDED), hardware=hardware(), torch=torch.__version__).to_csv(self.table, index=False)
 
     def stage(self,
         name: str,
@@ -1049,7 +1056,7 @@ class Bench:
         keep: bool = True, # checkpoints of the models
     ):
         data, p = preset("data"), preset("run")
-        self.run, self.keep, self.seed, self.shape = run, keep, run.seed, (data.batch_size, data.window)
+        self.run, self.keep, self.shape = run, keep, (data.batch_size, data.window)
         reading = read_corpora() if run.fast else []
         self.matmul = run.stage("matmul", lambda: dict(rate=matmul_rate(run.device, 8192 if run.fast else 256)))["rate"]
         run.note("machine", "matmul rate", self.matmul / 1e12, "TFLOP/s")
@@ -1075,13 +1082,13 @@ class Bench:
 
     def plain(self) -> PackedLoader:
         "Windows without cuts."
-        return PackedLoader(self.windows, [], self.shape[0], self.seed)
+        return PackedLoader(self.windows, [], self.shape[0], self.run.seed)
 
     def entropy_model(self) -> EntropyModel:
         "Train what cuts the bytes."
         run, p = self.run, preset("entropy")
         def make():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.run.seed)
             model = EntropyModel(entropy_config()).to(run.device)
             train(run, "entropy model", model, PackedLM(model, self.shape, run.fast), self.plain(), p.lr, self.matmul, p.steps, keep=self.keep)
             self.score("entropy model", model, self.shape[1])
@@ -1099,7 +1106,7 @@ class Bench:
             starts, threshold = cut_bytes(PackedLM(entropy, self.shape, run.fast), self.windows, self.shape[0], p.mean_patch, p.max_patch)
             return dict(starts=starts, threshold=threshold)
         made = run.stage(f"patches of {p.mean_patch}", make)
-        return [EntropyPatcher(entropy, made["threshold"], max_length=p.max_patch)], PackedLoader(self.windows, [made["starts"].cpu().numpy()], self.shape[0], self.seed)
+        return [EntropyPatcher(entropy, made["threshold"], max_length=p.max_patch)], PackedLoader(self.windows, [made["starts"].cpu().numpy()], self.shape[0], self.run.seed)
 
     def phrases(self,
         name: str, # in the table, of the model that says how uncertain the next patch is
@@ -1108,29 +1115,23 @@ class Bench:
         rule: str = "U", # cut where the next patch is uncertain; else see `control_patcher`
     ) -> tuple[list[Patcher], PackedLoader]:
         "Cut the patches into second-order ones of the running preset's mean length."
-        run, p, hidden = self.run, preset("stacked"), preset("head").hidden
+        run, p = self.run, preset("stacked")
+        patcher = None if rule == "U" else control_patcher(rule, one.patchers[0])
         def make():
-            head, scores_of, groups, threshold = None, None, None, 0.0
-            if rule == "every n-th": groups = [np.r_[True, np.arange(groups_of(row)) % round(p.mean_group) == 0] for row in loader.cuts[0]]
-            elif rule == "U":
-                packed = PackedBLT(one, self.shape, loader.slots, run.fast)
-                head = fit_head(packed, loader, min(24, len(loader.order)), self.seed)
-                def scores_of(step): return uncertainties(packed, head, loader, step)
-            else:
-                patcher = control_patcher(rule, one.patchers[0])
-                def scores_of(step): return control_scores(patcher, loader, step)
-            if groups is None: groups, threshold = cut_patches(scores_of, loader, p.mean_group, p.max_group)
-            return dict(starts=torch.from_numpy(np.concatenate(groups)), lengths=torch.tensor([len(row) for row in groups]), threshold=threshold) | (head.state_dict(prefix="head.") if head else {})
-        made = run.stage(f"second-order patches of {p.mean_group} by {name}" + (f", {rule}" if rule != "U" else ""), make)
+            if rule == "every n-th": return stored([every_nth(groups_of(row), patcher.stride) for row in loader.cuts[0]], 0.0)
+            if rule != "U": return stored(*cut_patches(lambda step: control_scores(patcher, loader, step), loader, p.mean_group, p.max_group))
+            packed = PackedBLT(one, self.shape, loader.slots, run.fast)
+            head = fit_head(packed, loader, min(24, len(loader.order)), run.seed)
+            return stored(*cut_patches(lambda step: uncertainties(packed, head, loader, step), loader, p.mean_group, p.max_group)) | head.state_dict(prefix="head.")
+        def stored(groups, threshold): return dict(starts=torch.from_numpy(np.concatenate(groups)), lengths=torch.tensor([len(row) for row in groups]), threshold=threshold)
+        made = run.stage(f"second-order patches of {p.mean_group} by {name}, {rule}", make)
         if rule == "U":
-            head = SurprisalHead(one.config.levels[0].encoder.width, hidden).to(run.device)
+            head = SurprisalHead(one.config.levels[0].encoder.width, preset("head").hidden).to(run.device)
             head.load_state_dict({key.removeprefix("head."): value for key, value in made.items() if key.startswith("head.")})
             patcher = SurprisalPatcher(one.reader(), head, made["threshold"], max_length=p.max_group)
-        else:
-            patcher = control_patcher(rule, one.patchers[0])
-            if rule != "every n-th": patcher.threshold = made["threshold"]
+        elif rule != "every n-th": patcher.threshold = made["threshold"]
         groups = np.split(made["starts"].cpu().numpy(), made["lengths"].cpu().numpy().cumsum()[:-1])
-        return [one.patchers[0], patcher], PackedLoader(self.windows, [*loader.cuts, groups], self.shape[0], self.seed)
+        return [one.patchers[0], patcher], PackedLoader(self.windows, [*loader.cuts, groups], self.shape[0], self.run.seed)
 
     def blt(self,
         name: str, # in the table
@@ -1142,7 +1143,7 @@ class Bench:
         "Train a BLT of any depth."
         run = self.run
         def make():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.run.seed)
             model = BLT(config, patchers).to(run.device)
             for level, mean in zip(("patch, bytes", "second-order patch, patches"), loader.means): run.note(name, f"mean length of a {level}", mean, "")
             run.note(name, "cutting for a byte, counted nowhere else", cutting_flops(patchers, loader.means, self.shape[1]) / 1e6, "MFLOP")
@@ -1160,7 +1161,7 @@ class Bench:
         "Train the byte-level baseline."
         run = self.run
         def make():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.run.seed)
             model = EntropyModel(byte_config()).to(run.device)
             train(run, name, model, PackedLM(model, self.shape, run.fast), self.plain(), preset("byte").lr, self.matmul, keep=self.keep)
             self.score(name, model, self.shape[1])
@@ -1177,10 +1178,10 @@ class Bench:
         stream = TokenStream([], vocabulary)
         stream.ids, stream.ends = made["ids"].cpu().numpy(), made["ends"].cpu().numpy()
         def make():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.run.seed)
             model = TokenModel(TokenConfig(len(vocabulary), TransformerConfig(width=p.width, layers=p.layers, heads=p.heads))).to(run.device)
             steps = math.ceil(preset("run").flops / work_per_byte(model, [], window) / (self.shape[0] * (window - 1)))
-            loader = PackedLoader(windows_of(stream, window, steps * self.shape[0], run.device), [], self.shape[0], self.seed)
+            loader = PackedLoader(windows_of(stream, window, steps * self.shape[0], run.device), [], self.shape[0], self.run.seed)
             run.note(name, "bytes a token", made["bytes_per_id"], "bytes")
             train(run, name, model, PackedLM(model, (self.shape[0], window), run.fast), loader, p.lr, self.matmul, bytes_per_id=made["bytes_per_id"], keep=self.keep)
             self.score(name, model, window, vocabulary)
@@ -1193,7 +1194,7 @@ class Bench:
         "Train a larger BLT for some steps, only to see how fast that is."
         run, p = self.run, preset("run")
         def make():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.run.seed)
             with torch.device(run.device): model = BLT(sized_config(**p.large), [])
             train(run, "large, for speed only", model, PackedBLT(model, self.shape, loader.slots, run.fast), loader, 1e-4, self.matmul, p.large_steps, keep=False)
             return {}

@@ -282,7 +282,7 @@ def surprisal_reader(
     "Both, as the running preset has it; the second where the model can be asked."
     p = preset("head")
     reader, _ = train_surprisal_reader(blt, loader, p.hidden, p.steps, p.lr, seed)
-    if p.own_steps and can_write_patches(blt): correct_surprisal_reader(reader, blt, loader, p.own_steps, p.own_lr, seed, p.steps)
+    if can_write_patches(blt): correct_surprisal_reader(reader, blt, loader, p.own_steps, p.own_lr, seed, p.steps)
     return reader
 
 
