@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LiveBytes', 'even_patches', 'training_memory', 'run_command', 'emit', 'standard_input', 'read_inputs',
-           'open_model', 'open_blt', 'parser_of', 'train_series', 'blt_train', 'patch_documents', 'blt_patch',
-           'write_documents', 'blt_generate', 'score_documents', 'blt_eval']
+           'open_model', 'open_blt', 'parser_of', 'asked_to_end', 'train_series', 'blt_train', 'patch_documents',
+           'blt_patch', 'write_documents', 'blt_generate', 'score_documents', 'blt_eval']
 
 # %% ../nbs/13_scaling.ipynb #7557ad20
-import argparse, contextlib, copy, io, json, math, shutil, sys, tempfile, warnings, weakref
+import argparse, contextlib, copy, io, json, math, shutil, signal, sys, tempfile, warnings, weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +192,10 @@ def parser_of(
     return parser
 
 # %% ../nbs/13_scaling.ipynb #b7755316
+def asked_to_end(number, frame):
+    "Handles SIGTERM where there are several processes. `torchrun` sends it to all others within a tenth of a second when one has died, and it is not to end us before we have said so."
+    raise RuntimeError("asked to end by SIGTERM")
+
 def train_series(
     args: argparse.Namespace, # of `blt_train`
 ) -> None:
@@ -215,12 +219,14 @@ def train_series(
         if args.corpus == "-":
             folder.mkdir(parents=True, exist_ok=True)
             corpus = Path(shutil.move(corpus, folder / "corpus.txt"))
+    if we.num_processes > 1: signal.signal(signal.SIGTERM, asked_to_end)
     with series(Series(args.preset, corpus, args.column, folder, options)):
         for stage, get in STAGES.items():
             try:
                 with contextlib.redirect_stdout(sys.stderr if we.is_main_process else io.StringIO()): get()
             except RuntimeError as error:
                 if we.num_processes == 1: raise
+                signal.signal(signal.SIGTERM, signal.SIG_IGN) # we end anyhow
                 raise RuntimeError(f"process {we.process_index} of {we.num_processes} stops, perhaps because another one has died: then torchrun names that one below. "
                                    f"Started again, the same command goes on from the last checkpoint. The error here: {error}") from error
             if we.is_main_process: emit(**json.loads((folder / stage / "training.json").read_text())["result"])
