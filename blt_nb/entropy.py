@@ -8,8 +8,11 @@ __all__ = ['PRIMES', 'PIECE', 'ngram_hashes', 'NgramConfig', 'ngram_factors', 'N
 
 # %% ../nbs/04_entropy.ipynb #f6483692
 from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import lru_cache
+import math
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn as nn
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from .data import OFFSET, VOCAB_SIZE, Loader, check_ids, check_row
 from .training import SERIES, Pretrained, bits_per_byte, fit, load_or_train, load_splits, my_part, preset, round_bf16, save_stage, unfinished
-from .transformer import KVCache, Linear, RMSNorm, Transformer, TransformerConfig, init_linear, is_single
+from .transformer import KVCache, Linear, RMSNorm, Transformer, TransformerConfig, array, init_linear
 
 # %% ../nbs/04_entropy.ipynb #1f4e4a8e
 PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271, 3_267_000_013, 5_754_853_343, 4_093_082_899, 9_576_890_767,
@@ -56,15 +59,14 @@ class NgramConfig:
         if not 1 <= self.functions <= len(PRIMES): raise ValueError(f"functions is {self.functions}; it must be in 1..{len(PRIMES)}")
 
 @lru_cache(64)
-@torch.inference_mode(False) # so that it serves wherever it is wanted
 def ngram_factors(
     sizes: tuple[int, ...], # n of the n-grams
     functions: int,         # hash functions
     rows: int,              # of each table
-) -> tuple[Tensor, Tensor]: # (tables, longest n) what each of the last ids is multiplied by; (tables,) the first row of each table
+) -> tuple[np.ndarray, np.ndarray]: # (tables, longest n) what each of the last ids is multiplied by; (tables,) the first row of each table
     "The powers in `ngram_hashes`, and where the tables of a `NgramEmbedding` begin, kept for those who go on by one position at a time."
     powers = [[0] * (max(sizes) - n) + [(pow(prime, j, 2**64) + 2**63) % 2**64 - 2**63 for j in range(n)] for prime in PRIMES[:functions] for n in sizes]
-    return torch.tensor(powers), rows * torch.arange(len(powers))
+    return np.array(powers), rows * np.arange(len(powers))
 
 class NgramEmbedding(nn.Module):
     "A vector for the n-grams that end at each byte: rows looked up by hash, for each n and hash function, then projected, or added up."
@@ -85,22 +87,22 @@ class NgramEmbedding(nn.Module):
         context: Tensor | None = None, # (B, C) the ids just before; None: the text begins here
     ) -> Tensor: # (B, T, d)
         whole = ids if context is None else torch.cat([context, ids], 1)
-        if context is not None and is_single(ids, self.table.weight): return self.row(whole[0])[None, None]
         hashes = [ngram_hashes(whole, n, self.config.rows, prime) for prime in PRIMES[:self.config.functions] for n in self.config.sizes]
         offsets = self.config.rows * torch.arange(len(hashes), device=ids.device)
         rows = torch.stack(hashes, -1)[:, whole.shape[1] - ids.shape[1]:] + offsets # (B, T, tables)
         if self.project is None: return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, ids.shape) # added up as they are fetched
         return self.project(self.table(rows).flatten(2))
 
-    def row(self,
-        ids: Tensor, # (C,) the last ids of one text, on the CPU; before them lie zeros
-    ) -> Tensor: # (d,) for the last
-        "The same for a single position, float32: all hashes in one product."
+    def single(self) -> Callable[[np.ndarray], np.ndarray]: # last ids (C,) -> (d,)
+        "The same for the last of some ids, before which lie zeros, see `blt_nb.transformer.array`: all hashes in one product."
         factors, firsts = ngram_factors(self.config.sizes, self.config.functions, self.config.rows)
-        ids = ids[-factors.shape[1]:]
-        rows = (factors[:, -len(ids):] * ids).sum(1).remainder_(self.config.rows).add_(firsts)
-        found = F.embedding(rows, self.table.weight)
-        return found.sum(0) if self.project is None else self.project.row(found.view(-1))
+        table, rows, reach = array(self.table.weight), self.config.rows, factors.shape[1]
+        project = None if self.project is None else self.project.single()
+        def ngrams(ids):
+            ids = ids[-reach:]
+            found = table[factors[:, reach - len(ids):].dot(ids) % rows + firsts]
+            return np.add.reduce(found) if project is None else project(found.reshape(-1))
+        return ngrams
 
 # %% ../nbs/04_entropy.ipynb #04e00001
 def entropy_of(
@@ -150,7 +152,20 @@ class EntropyModel(nn.Module, Pretrained):
         x = self.embed(ids)
         if self.ngrams is not None: x = x + self.ngrams(ids, context)
         x = self.transformer(x, caches)
-        return self.head(self.norm.row(x[0, 0])[None, None] if is_single(x) else self.norm(x))
+        return self.head(self.norm(x))
+
+    def single(self) -> Callable[[np.ndarray, list[KVCache]], float]: # last ids (C,), caches -> nats
+        "The entropy of the id that follows on some that go on where the caches end, see `blt_nb.transformer.array`. Only the last one is new."
+        embed, ngrams = array(self.embed.weight), None if self.ngrams is None else self.ngrams.single()
+        transformer, norm, head = self.transformer.single(), self.norm.single(), self.head.single()
+        def entropy(ids, caches):
+            x = embed[ids[-1]]
+            logits = head(norm(transformer(x if ngrams is None else x + ngrams(ids), caches)))
+            logits -= np.maximum.reduce(logits)
+            p = np.exp(logits)
+            total = float(np.add.reduce(p))
+            return math.log(total) - float(p.dot(logits)) / total
+        return entropy
 
     @torch.no_grad()
     def entropies(self,

@@ -9,7 +9,7 @@ __all__ = ['PACE', 'LevelConfig', 'BLTConfig', 'Level', 'BLT', 'entropy_patcher'
 
 # %% ../nbs/08_blt.ipynb #586374c3
 import contextlib, copy, dataclasses, math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from .entropy import EntropyConfig, EntropyModel, NgramConfig, NgramEmbedding, g
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
 from .training import SERIES, Pretrained, bits_per_byte, fast_precision, fit, load_or_train, load_splits, my_part, preset, round_bf16, save_stage, unfinished
-from .transformer import Linear, RMSNorm, Transformer, TransformerConfig, init_linear, is_single, query_block
+from .transformer import Linear, RMSNorm, Transformer, TransformerConfig, array, init_linear, query_block
 
 # %% ../nbs/08_blt.ipynb #a77ff38f
 @dataclass
@@ -144,6 +144,12 @@ class BLT(nn.Module, Pretrained):
         x = self.embed(ids)
         return x if self.ngrams is None else x + self.ngrams(ids, context)
 
+    def single(self) -> Callable[[np.ndarray], np.ndarray]: # last ids (C,) -> (d,)
+        "`embeddings` of the last of some ids, see `blt_nb.transformer.array`."
+        weight, ngrams = array(self.embed.weight), None if self.ngrams is None else self.ngrams.single()
+        def embeddings(ids): return weight[ids[-1]] if ngrams is None else weight[ids[-1]] + ngrams(ids)
+        return embeddings
+
     def begin(self,
         ids: Tensor,                              # (B, T)
         patches: Sequence[Patches] | None = None, # one a level; None: `segment(ids)`
@@ -170,7 +176,7 @@ class BLT(nn.Module, Pretrained):
         x: Tensor, # (B, T, d) what the levels know at each id
     ) -> Tensor: # (B, T, 260) of the id after each
         "The end of `forward`: norm and head."
-        x = self.norm.row(x[0, 0])[None, None] if is_single(x) else self.norm(x)
+        x = self.norm(x)
         return nn.functional.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def states(self,
