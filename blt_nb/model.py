@@ -144,11 +144,13 @@ class BLT(nn.Module, Pretrained):
         x = self.embed(ids)
         return x if self.ngrams is None else x + self.ngrams(ids, context)
 
-    def single(self) -> Callable[[np.ndarray], np.ndarray]: # last ids (C,) -> (d,)
-        "`embeddings` of the last of some ids, see `blt_nb.transformer.array`."
-        weight, ngrams = array(self.embed.weight), None if self.ngrams is None else self.ngrams.single()
+    def single(self) -> tuple[Callable, Callable]: # embeddings: last ids (C,) -> (d,); logits: (d,) -> (260,)
+        "`embeddings` of the last of some ids, and `logits`, see `blt_nb.transformer.array`."
+        weight, ngrams, norm = array(self.embed.weight), None if self.ngrams is None else self.ngrams.single(), self.norm.single()
+        head = weight.dot if self.head is None else self.head.single()
         def embeddings(ids): return weight[ids[-1]] if ngrams is None else weight[ids[-1]] + ngrams(ids)
-        return embeddings
+        def logits(x): return head(norm(x))
+        return embeddings, logits
 
     def begin(self,
         ids: Tensor,                              # (B, T)
