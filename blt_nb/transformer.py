@@ -137,10 +137,11 @@ def band_mask(
 
 # %% ../nbs/02_transformer.ipynb #9e0f16cf
 def mkl_is_fast() -> bool:
-    "Is MKL there, and this processor Intel's? Where the system doesn't say, no."
-    try: makers = Path("/proc/cpuinfo").read_text()
-    except OSError: makers = platform.processor()
-    return torch.backends.mkl.is_available() and "GenuineIntel" in makers
+    "Is MKL there, and does it use the widest instructions that there are? AVX-512 it uses on Intel's processors only. Where the system doesn't say whose this one is, it isn't theirs."
+    if not torch.backends.mkl.is_available(): return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512": return True
+    try: return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError: return "GenuineIntel" in platform.processor()
 
 MKL = mkl_is_fast() # then it gets all products, and the fused kernel gets attention over short texts
 
@@ -171,7 +172,7 @@ def attend(
         y = torch.bmm(torch.baddbmm(bias, q3, k3.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1), v3).view_as(q)
     return y.unflatten(2, (shared, -1)).flatten(1, 2) if shared > 1 else y
 
-DENSE = 512 # up to so many positions, a CPU that isn't Intel's computes scores by products rather than by the fused kernel
+DENSE = 512 # up to so many positions, a CPU where MKL is slow computes scores by products rather than by the fused kernel
 
 def query_block(
     window: int, # positions that each sees
@@ -373,7 +374,7 @@ class Linear(nn.Linear):
         x: Tensor, # (..., inputs)
     ) -> Tensor: # (..., outputs)
         few = x.numel() < ROWS * self.in_features and self.in_features * self.out_features < LARGE
-        if MKL or few or not ordinary(x) or not torch.backends.mkldnn.is_available() or torch.compiler.is_compiling(): return F.linear(x, self.weight)
+        if torch.compiler.is_compiling() or MKL or few or not ordinary(x) or not torch.backends.mkldnn.is_available(): return F.linear(x, self.weight)
         return Product.apply(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
 
     def single(self) -> Callable[[np.ndarray], np.ndarray]: # (inputs,) -> (outputs,)
