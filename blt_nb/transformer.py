@@ -465,7 +465,7 @@ class SwiGLU(nn.Module):
             gate, up = both[:hidden], both[hidden:]
             up *= gate
             np.negative(gate, gate)
-            np.exp(np.minimum(gate, 80, gate), gate) # beyond that silu is 0, and exp soon too large a number
+            np.exp(np.minimum(gate, 80, out=gate), gate) # beyond that silu is 0, and exp soon too large a number
             gate += 1
             up /= gate
             return down(up)
