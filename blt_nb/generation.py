@@ -160,7 +160,7 @@ def last_ids(
     before: Tensor, # (1, C) from `IdWindow.push`
     ids: Tensor,    # (1, 1) the new id
 ) -> np.ndarray: # (C + 1,)
-    "For those functions."
+    "What the functions that `single` makes look up n-grams with."
     return np.append(array(before[0]), int(ids))
 
 class EntropyModelState:
