@@ -260,7 +260,6 @@ class LevelState:
         self.caches = level.decoder.transformer.caches()
         self.open = None   # (1, n, d) the encoder's output for the items of the open group
         self.known = None  # what the decoder knows of the last complete group, see `LocalDecoder.known`
-        self.known_single = None # the same for `push_single`
         self.open_end = open_end
 
     def push(self,
@@ -275,7 +274,7 @@ class LevelState:
         if new is not None and ends[0] and not self.open_end: old = None # no new item sees it any more
         known = new if old is None else old if new is None else [torch.cat(pair, 1) for pair in zip(old, new)]
         sources = ends.cumsum(0) - (1 if old is None else 0)
-        self.known, self.known_single = [part[:, -1:] for part in known], None
+        self.known = [part[:, -1:] for part in known]
         revised = self.open_end and bool(ends[-1] and sources[-1] > 0)
         before = [copy.copy(cache) for cache in self.caches] if revised else None # copying is dear
         y = self.level.decoder.write(x, known, sources[None], self.caches)
@@ -301,15 +300,15 @@ class LevelState:
         *inner: bool,  # the same for the levels inside, as far as they get a new item
     ) -> np.ndarray: # (d,)
         "The same for a single item, where there are earlier ones. Not with `open_end` for one that ends a group."
-        encoder_pool, (know, write) = self.single
+        pool, (know, write) = self.single
         x = self.encoder.push_single(x)
         items = np.concatenate([array(self.open[0]), x[None]])
         if end:
-            self.known_single = know(self.inner.push_single(encoder_pool(items), *inner))
-            self.known = [torch.from_numpy(part)[None, None] for part in self.known_single]
-        elif self.known_single is None: self.known_single = [array(part[0, 0]) for part in self.known]
+            known = know(self.inner.push_single(pool(items), *inner))
+            self.known = [torch.from_numpy(part)[None, None] for part in known]
+        else: known = [array(part[0, 0]) for part in self.known]
         self.open = torch.from_numpy(items[:0] if end else items)[None]
-        return write(x, self.known_single, self.caches)
+        return write(x, known, self.caches)
 
     @cached_property
     def single(self) -> tuple[Callable, tuple[Callable, Callable]]: # see `Pool.single`, `LocalDecoder.single`

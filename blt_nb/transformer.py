@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'MKL', 'DENSE', 'ROWS', 'LARGE', 'PIECE', 'BRANCHES', 'LONGEST', 'LONG', 'TransformerConfig', 'array',
-           'RMSNorm', 'rope_table', 'rope_page', 'rope_arrays', 'rotate', 'band_mask', 'mkl_is_fast', 'band_bias',
-           'attend', 'query_block', 'windowed_attention', 'cached_attention', 'KVCache', 'masked_attention',
-           'window_mask', 'onednn', 'onednn_flops', 'ordinary', 'Product', 'Linear', 'softmax_', 'Attention', 'SwiGLU',
-           'Block', 'init_linear', 'sparing', 'Transformer']
+           'RMSNorm', 'rope_table', 'rope_page', 'rotate', 'band_mask', 'mkl_is_fast', 'band_bias', 'attend',
+           'query_block', 'windowed_attention', 'cached_attention', 'KVCache', 'masked_attention', 'window_mask',
+           'onednn', 'onednn_flops', 'ordinary', 'Product', 'Linear', 'softmax_', 'Attention', 'SwiGLU', 'Block',
+           'init_linear', 'sparing', 'Transformer']
 
 # %% ../nbs/02_transformer.ipynb #a98391e3
 from dataclasses import dataclass
@@ -102,17 +102,6 @@ def rope_page(
 ) -> tuple[Tensor, Tensor]: # (`PAGE`, head_width)
     "A part of `rope_table`, kept for those who go on by one position at a time."
     return rope_table(torch.arange(page * PAGE, (page + 1) * PAGE, device=device), head_width, theta)
-
-@lru_cache(64)
-def rope_arrays(
-    page: int,       # as in `rope_page`
-    head_width: int,
-    theta: float,
-) -> tuple[np.ndarray, np.ndarray]: # (`PAGE`, head_width)
-    "The same page for the functions that `single` makes."
-    cos, sin = rope_page(page, head_width, theta, torch.device("cpu"))
-    return array(cos), array(sin)
-
 
 # %% ../nbs/02_transformer.ipynb #88c0029a
 def rotate(
@@ -285,11 +274,10 @@ class KVCache:
         v: np.ndarray, # (h_kv, head_width)
     ) -> tuple[np.ndarray, np.ndarray]: # (h_kv, kept and new, head_width)
         "The same for one position of one text, where there are earlier ones."
-        if self.arrays is None or self.end == self.arrays[0].shape[1]:
-            if self.end == self.keys.shape[2]:
-                self.keys, self.values = (self.roomy(t, t.shape[2]) for t in (self.k, self.v))
-                self.begin, self.end = 0, self.end - self.begin
-            self.arrays = array(self.keys[0]), array(self.values[0])
+        if self.end == self.keys.shape[2]: # move to a space with room for as many again
+            self.keys, self.values = (self.roomy(t, t.shape[2]) for t in (self.k, self.v))
+            self.begin, self.end, self.arrays = 0, self.end - self.begin, None
+        if self.arrays is None: self.arrays = array(self.keys[0]), array(self.values[0])
         (keys, values), begin, end = self.arrays, self.begin, self.end
         keys[:, end], values[:, end] = k, v
         self.end, self.length = end + 1, self.length + 1
@@ -581,7 +569,7 @@ class Transformer(nn.Module):
             if not caches: return x
             self.check_length(caches[0].length + 1)
             page, i = divmod(caches[0].length, PAGE)
-            cos, sin = rope_arrays(page, head_width, theta)
+            cos, sin = (array(t) for t in rope_page(page, head_width, theta, torch.device("cpu")))
             for number, (block, cache) in enumerate(zip(blocks, caches)):
                 if before is not None: x = before(number, x)
                 x = block(x, (cos[i], sin[i]), cache)
