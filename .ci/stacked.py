@@ -6,7 +6,6 @@ Grown models go on from the committed one-level BLT of the running preset; the o
 import argparse
 import copy
 import dataclasses
-import hashlib
 import math
 import multiprocessing
 import os
@@ -16,14 +15,12 @@ import traceback
 from types import SimpleNamespace
 
 import torch
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
 
 from blt_nb.data import Loader, fingerprint
 from blt_nb.evaluation import Table, cache_folder, on_its_gpu, patcher_key, remembered
 from blt_nb.model import BLT, Level, PatchedLoader, blt_config, flops_per_byte, get_blt, mean_lengths, silenced, training_flops
 from blt_nb.patching import StaticPatcher, calibrate
-from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalHead, SurprisalPatcher, SurprisalReader, stack, stacked_config, surprisal_reader
+from blt_nb.stacked import CONTROLS, ControlPatcher, SurprisalPatcher, SurprisalReader, get_stacked, stack, stacked_config, surprisal_reader
 from blt_nb.training import bits_per_byte, fit, folder_of, hardware, load_splits, preset, preset_name
 
 STEPS = {"ci": 8, "laptop": 600, "gpu": 600}[preset_name()]  # of the one-level model; the others spend as many FLOPs
@@ -89,19 +86,11 @@ def loader(blt, split, seed, setting="grown"):
 
 
 def reader_for(blt, seed):
-    "What says how uncertain a model is, from the cache or trained now."
-    p, weights = preset("head"), hashlib.sha256()
-    for tensor in blt.state_dict().values():
-        weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    file = cache_folder().parent / "readers" / f"{weights.hexdigest()[:16]}-{seed}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
-        if not file.is_file():
-            reader = surprisal_reader(blt, loader(blt, load_splits()[0], seed + 2), seed)
-            save_file({name: tensor.cpu() for name, tensor in reader.state_dict().items()}, file)
-    reader = SurprisalReader(blt.reader(), SurprisalHead(blt.config.levels[0].encoder.width, p.hidden))
-    reader.load_state_dict(load_file(file))
-    return reader.to(next(blt.parameters()).device)
+    "What says how uncertain a model is: for the committed one-level model the committed one, for others trained now."
+    if len(blt.patchers) == 1:
+        patcher = get_stacked().patchers[1].to(next(blt.parameters()).device)
+        return SurprisalReader(patcher.maker, patcher.head)
+    return surprisal_reader(blt, loader(blt, load_splits()[0], seed + 2), seed)
 
 
 def patcher_for(rule, mean, blt, seed, setting):
@@ -231,7 +220,7 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=math.inf, help="start no run after so many seconds")
     asked = parser.parse_args()
-    get_blt()  # made before the workers start
+    get_stacked()  # and what it grew from: made before the workers start
     for file in table().locks.glob("*.failed"):
         file.unlink()
     os.environ["TQDM_DISABLE"] = "1"
