@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
@@ -15,6 +15,7 @@ from notebooks import NBS, ROOT, all_notebooks, chromium
 
 WORKERS = 2  # notebooks at a time, each on one core
 LIMIT = 900  # seconds for one notebook
+LONG = ("10_stacked", "13_scaling", "distributed", "14_gpu", "browser", "hostile", "11_evaluation", "09_generation")  # these begin first, so that no core waits for them in the end
 BIN = Path(sys.executable).parent
 
 # A check returns None, or the reason why it failed.
@@ -173,23 +174,24 @@ def timed(check, *args):
 
 def main():
     tally, before = Tally(), written_files()
-    for name, check in {
-        "the exported package is what the notebooks give": export_is_current,
-        "notebooks are clean": notebooks_are_clean,
-        "no notebook shows an error": no_error_outputs,
-        "README.md is what nbs/index.ipynb gives": readme_is_current,
-        "the notebooks become pages that need no network": pages_are_whole,
-        "installed packages agree with each other": dependencies_agree,
-        "blt_nb imports without Jupyter, nbdev or transformers": imports_bare,
-    }.items():
-        tally.report(name, *timed(check))
-
     if chromium() is None:
         print("Chromium is not installed: nbs/checks/browser.ipynb skips everything that it would check in a browser", flush=True)
+    checks = {
+        "the exported package is what the notebooks give": (export_is_current,),
+        "notebooks are clean": (notebooks_are_clean,),
+        "no notebook shows an error": (no_error_outputs,),
+        "README.md is what nbs/index.ipynb gives": (readme_is_current,),
+        "the notebooks become pages that need no network": (pages_are_whole,),
+        "installed packages agree with each other": (dependencies_agree,),
+        "blt_nb imports without Jupyter, nbdev or transformers": (imports_bare,),
+    }
+    late = [*LONG, *(path.stem for path in all_notebooks() if path.stem not in LONG)]
+    for path in sorted(all_notebooks(), key=lambda path: late.index(path.stem)):
+        checks[str(path.relative_to(ROOT))] = notebook_passes, path
     with ThreadPoolExecutor(WORKERS) as pool:
-        runs = [(path, pool.submit(timed, notebook_passes, path)) for path in all_notebooks()]
-        for path, result in runs:
-            tally.report(str(path.relative_to(ROOT)), *result.result())
+        names = {pool.submit(timed, *check): name for name, check in checks.items()}
+        for done in as_completed(names):
+            tally.report(names[done], *done.result())
 
     after = written_files()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
