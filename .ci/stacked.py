@@ -2,7 +2,7 @@
 
     make stacked [WORKERS=N]
 
-Grown models go on from the committed one-level BLT of the running preset; the others start from scratch. What is compared has spent equally many training FLOPs."""
+Grown models go on from the committed one-level BLT of the running preset, the others start from scratch; U is what the reader in the committed two-level BLT says. What is compared has spent equally many training FLOPs."""
 import argparse
 import copy
 import dataclasses
