@@ -35,9 +35,6 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm.auto import tqdm
 
@@ -282,6 +279,8 @@ def spread(
     device: torch.device, # of this process
 ) -> nn.Module: # a copy, which shares what is frozen
     "A model whose trained weights are spread over all processes, block by block. Its gradients are means over the processes."
+    from torch.distributed.device_mesh import init_device_mesh # these take a second to import, and only sharded runs need them
+    from torch.distributed.fsdp import fully_shard
     frozen = [module for module in model.modules() if not any(p.requires_grad for p in module.parameters())]
     for module in frozen: module.to(device)
     copied, mesh = copy.deepcopy(model, {id(module): module for module in frozen}), init_device_mesh(device.type, (processes().num_processes,))
@@ -292,14 +291,16 @@ def whole(
     tensor: Tensor, # perhaps spread over the processes
 ) -> Tensor: # not spread
     "The whole of a tensor. All processes must call it."
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 def spread_like(
     tensor: Tensor, # whole
     like: Tensor,   # perhaps spread
 ) -> Tensor: # this process's share, if `like` is spread
     "The opposite."
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+    if not hasattr(like, "full_tensor"): return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 # %% ../nbs/03_training.ipynb #13fb3090
 CHECKPOINT_FILES = ("model.safetensors", "optimiser.safetensors", "state.json")
