@@ -185,8 +185,7 @@ def main():
         "installed packages agree with each other": (dependencies_agree,),
         "blt_nb imports without Jupyter, nbdev or transformers": (imports_bare,),
     }
-    late = [*LONG, *(path.stem for path in all_notebooks() if path.stem not in LONG)]
-    for path in sorted(all_notebooks(), key=lambda path: late.index(path.stem)):
+    for path in sorted(all_notebooks(), key=lambda path: LONG.index(path.stem) if path.stem in LONG else len(LONG)):
         checks[str(path.relative_to(ROOT))] = notebook_passes, path
     with ThreadPoolExecutor(WORKERS) as pool:
         names = {pool.submit(timed, *check): name for name, check in checks.items()}
