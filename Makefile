@@ -3,21 +3,20 @@ PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 1
 
-.PHONY: help setup series outputs html test bench evidence stacked lab readme docs
+.PHONY: help setup series outputs html test bench experiments lab readme docs
 
 help:
-	@echo "make series    train and show everything: runs the notebooks into _series/"
-	@echo "               (BLT_PRESET=ci in seconds a notebook, laptop by default, gpu for a large GPU)"
-	@echo "make test      every check, and every notebook at BLT_PRESET=ci"
-	@echo "make bench     speed and memory beside the implementation in transformers (a quiet machine, 15 minutes)"
-	@echo "make evidence  the experiments of notebook 11 that data/results/evidence.csv lacks (WORKERS=2 for two at once)"
-	@echo "make stacked   the experiments of notebook 10 that data/results/stacked.csv lacks (WORKERS=2 for two at once; hours on a CPU)"
-	@echo "make lab       JupyterLab on nbs/"
-	@echo "make readme    README.md from nbs/index.ipynb"
-	@echo "make html      the notebooks as static pages into _site/, which need no network"
-	@echo "make outputs   put the outputs of the last 'make series' into the notebooks in nbs/"
-	@echo "make docs      the documentation site into _docs/ (needs Quarto)"
-	@echo "make setup     only set up .venv (the others do it by themselves)"
+	@echo "make series       run the notebooks in order, train what isn't trained yet, end with a table of results"
+	@echo "                  (BLT_PRESET=ci for toy sizes, laptop by default, gpu for a large GPU)"
+	@echo "make test         every check, and every notebook at BLT_PRESET=ci"
+	@echo "make lab          JupyterLab on nbs/"
+	@echo "make html         the notebooks as static pages in _site/, which need no network"
+	@echo "make bench        speed and memory beside the implementation in transformers (a quiet machine, 15 minutes)"
+	@echo "make experiments  the rows that a table of results lacks: TABLE=its name, WORKERS=2 for two at a time"
+	@echo "make outputs      put the outputs of the last 'make series' into the notebooks in nbs/"
+	@echo "make readme       README.md from nbs/index.ipynb"
+	@echo "make docs         the documentation site in _docs/ (needs Quarto)"
+	@echo "make setup        only set up .venv (the others do it by themselves)"
 	@echo "Python 3.11 to 3.13 is needed; choose one with PYTHON=python3.12"
 
 setup: .venv/.ready
@@ -32,10 +31,10 @@ setup: .venv/.ready
 	@touch .venv/.ready
 
 series: setup
-	@$(PY) .ci/series.py
+	@$(PY) .ci/notebooks.py series
 
 outputs: setup
-	@$(PY) .ci/keep_outputs.py
+	@$(PY) .ci/notebooks.py outputs
 
 html: setup
 	@$(PY) .ci/pages.py
@@ -46,13 +45,10 @@ test: setup
 bench: setup
 	@$(PY) -m nbconvert --to notebook --execute --inplace --log-level WARN nbs/checks/bench.ipynb
 	@.venv/bin/nbdev_clean --fname nbs/checks/bench.ipynb
-	@echo "results: data/results/bench.csv   picture: data/results/bench.png   notebook: nbs/checks/bench.ipynb"
+	@echo "results: data/results/bench.csv   notebook: nbs/checks/bench.ipynb"
 
-evidence: setup
-	@$(PY) .ci/evidence.py --workers $(WORKERS)
-
-stacked: setup
-	@$(PY) .ci/stacked.py --workers $(WORKERS)
+experiments: setup
+	@$(PY) -m blt_nb.experiments.runs $(TABLE) --workers $(WORKERS)
 
 lab: setup
 	@$(PY) -m jupyterlab nbs $$([ "$$(id -u)" != 0 ] || echo --allow-root)

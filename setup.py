@@ -34,6 +34,9 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": cfg["console_scripts"].split()},
+    entry_points={
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+        "console_scripts": cfg["console_scripts"].split(),
+    },
     zip_safe=False,
 )

@@ -1,151 +1,249 @@
-"""What the scripts in this folder share: where things are, and how a notebook is shown outside Jupyter."""
+"""Run notebooks, each in a kernel of its own.
+
+    python .ci/notebooks.py series     run the series at BLT_PRESET into _series/
+    python .ci/notebooks.py outputs    put the outputs of that run into the notebooks in nbs/
+
+`make test` runs every notebook through the same `run`.
+"""
+import html
+import json
 import os
-import posixpath
 import re
 import shutil
+import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import nbformat
+import pandas as pd
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert.filters import strip_ansi
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
+NBS, SERIES, CACHE = ROOT / "nbs", ROOT / "_series", ROOT / "data" / "cache"
+DURATIONS = CACHE / "durations.json"  # seconds that notebooks took on this machine, without training
 PRESETS = ("ci", "laptop", "gpu")
-
-
-def preset() -> str:
-    "The preset that BLT_PRESET names, `laptop` if it names none."
-    name = os.environ.get("BLT_PRESET", "laptop")
-    if name not in PRESETS:
-        sys.exit(f"BLT_PRESET={name!r} is not a preset: choose one of {', '.join(PRESETS)}")
-    return name
+# A guess where nothing has been measured: slow notebooks at `ci`, and the training of each stage at `laptop`.
+SLOW = {"10_stacked": 60, "13_your_text": 60, "bench": 60, "browser": 90, "causality": 60, "distributed": 80,
+        "generation_exact": 60, "hostile": 60, "survival": 90}
+TRAINS = {"04_entropy": {"entropy": 120}, "08_blt": {"blt-1": 400, "byte": 200}, "10_stacked": {"blt-2": 400}}
 
 
 def series_notebooks() -> list[Path]:
-    "The notebooks of the series in the order to run: the stages by number, then the index, which shows their results."
-    index = NBS / "index.ipynb"
-    return sorted(NBS.glob("[0-9][0-9]_*.ipynb")) + ([index] if index.exists() else [])
+    "The path in the order to run: the stages by number, then the index, which shows their results."
+    return [*sorted(NBS.glob("[0-9][0-9]_*.ipynb")), NBS / "index.ipynb"]
 
 
 def all_notebooks() -> list[Path]:
-    "Every committed notebook: the series and the checks."
-    return series_notebooks() + sorted((NBS / "checks").glob("*.ipynb"))
+    "Every notebook: the index, the path, and what stands beside them."
+    found = [path for path in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in path.relative_to(NBS).parts)]
+    return sorted(found, key=lambda path: (path.parent, path.stem != "index", path.name))
+
+
+def code_cells(nb) -> list:
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
 
 
 def chromium() -> str | None:
     "Chromium on this machine, or a browser made of it; the checks in a browser need one."
-    names = ("chromium", "chromium-browser", "google-chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium",
-             "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-    return next(filter(None, map(shutil.which, names)), None)
+    mac = [f"/Applications/{name}.app/Contents/MacOS/{name}" for name in ("Chromium", "Google Chrome")]
+    return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", *mac])), None)
 
 
-def title(nb) -> str:
-    "The first heading of a notebook."
-    for cell in nb.cells:
-        if cell.cell_type == "markdown" and (found := re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)):
-            return found[1].strip()
-    return "untitled"
+# --- how long it takes ------------------------------------------------------------------------------------------
+
+def folder_of(kind: str, preset: str) -> Path:
+    "Where a preset keeps its `checkpoints` or `results`."
+    return ROOT / "data" / kind if preset == "laptop" else CACHE / kind / preset
 
 
-# --- directives: the `#|` lines at the top of a code cell -------------------------------------------------------
-
-_DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
-
-
-def directives(cell) -> dict[str, str]:
-    "The directives of a cell, such as `{'hide': '', 'echo': 'false'}`."
-    lines = cell.source.splitlines() if cell.cell_type == "code" else []
-    return {m[1]: m[2] for line in lines if (m := _DIRECTIVE.match(line))}
+def training_time(path: Path, preset: str) -> float:
+    "A guess of the seconds that a notebook trains, since stages have no checkpoint yet."
+    have, stages = folder_of("checkpoints", preset), TRAINS.get(path.stem, {})
+    return sum(s for stage, s in stages.items() if not (have / stage).exists()) / (50 if preset == "ci" else 1)
 
 
-def code(cell) -> str:
-    "The source of a cell without its directives."
-    return "\n".join(line for line in cell.source.splitlines() if not _DIRECTIVE.match(line)).strip("\n")
+def durations(**more: float) -> dict[str, float]:
+    "What the notebooks took on this machine, in seconds, after noting some more."
+    known = (json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}) | more
+    if more:
+        DURATIONS.write_text(json.dumps(known, indent=1))
+    return known
 
 
-def visible(nb):
-    "A copy of the notebook as a reader sees it: hidden cells, hidden sources and directives left out."
-    nb = nbformat.from_dict(nb)
-    cells = []
-    for cell in nb.cells:
-        flags = directives(cell)
-        if "hide" in flags or flags.get("include") == "false" or "default_exp" in flags and not code(cell):
-            continue
-        if cell.cell_type == "code":
-            cell.metadata["alt"] = flags.get("fig-alt", "").strip("\"'")
-            cell.metadata["echo"] = flags.get("echo") != "false"
-            cell.source = code(cell)
-            if flags.get("output") == "false":
-                cell.outputs = []
-        cells.append(cell)
-    nb.cells = cells
-    nb.metadata["language_info"] = {"name": "python"}
-    return nb
+def expected(path: Path, preset: str) -> float:
+    "The seconds that a notebook is going to take."
+    guess = SLOW.get(path.stem, 15) if preset == "ci" else 15
+    return durations().get(f"{preset} {path.stem}", guess) + training_time(path, preset)
 
 
-# --- links ------------------------------------------------------------------------------------------------------
+# --- the runner -------------------------------------------------------------------------------------------------
 
-_LINK = re.compile(r"""(\]\(\s*<?|(?:href|src)=["'])([^)\s"'>]+)""")
-_CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)[^\S\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+class Client(NotebookClient):
+    "A notebook client that hands what a running cell prints to `heard`."
+
+    @staticmethod
+    def heard(text: str) -> None: ...
+
+    def process_message(self, msg, cell, cell_index):
+        content = msg["content"]
+        if msg["msg_type"] == "stream":
+            self.heard(content["text"])
+        elif isinstance(label := content.get("data", {}).get("state", {}).get("value"), str):
+            self.heard(html.unescape(label))  # a progress bar is a widget whose label is its value
+        return super().process_message(msg, cell, cell_index)
 
 
-def relink(markdown: str, new_target) -> str:
-    """Replace each relative link of a notebook in nbs/ by what `new_target(path, anchor)` gives.
+def run(path: Path, preset: str, limit: float | None = None, progress=None, **env: str):
+    """Run one notebook. Returns it with its outputs, and what went wrong, `None` if nothing did.
 
-    `path` is relative to the repository root. Code, absolute addresses and links within the page stay as they are.
+    limit: seconds for all cells together. progress: called as `progress("cell 3 of 20", line)` with what a cell begins
+    with and what it prints. env: variables of the kernel's environment.
     """
-    def one(match):
-        lead, target = match.groups()
-        if re.match(r"[a-zA-Z][\w+.-]*:|/|#", target):
-            return match[0]
-        path, hash_, anchor = target.partition("#")
-        return lead + new_target(posixpath.normpath(posixpath.join("nbs", path)), hash_ + anchor)
-
-    parts = _CODE.split(markdown)
-    return "".join(part if i % 2 else _LINK.sub(one, part) for i, part in enumerate(parts))
+    nb, until = nbformat.read(path, 4), time.monotonic() + (limit or 0)
+    kernel = AsyncKernelManager(kernel_name="python3", transport_encryption="auto")  # this environment's kernel
+    client = Client(nb, kernel, startup_timeout=300, iopub_timeout=60, coalesce_streams=True, store_widget_state=False,
+                    resources={"metadata": {"path": str(path.parent)}},
+                    timeout_func=lambda cell: max(1, round(until - time.monotonic())) if limit else None)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # With IN_TEST the last cell of a notebook doesn't export the package.
+    env = os.environ | {"BLT_PRESET": preset, "IN_TEST": "1", "IPYTHONDIR": str(CACHE / "ipython")} | env
+    at = "the start"
+    try:
+        with client.setup_kernel(env=env, cleanup_kc=True):
+            for i, cell in enumerate(nb.cells):
+                at = f"cell {i + 1} of {len(nb.cells)}"
+                if progress and cell.cell_type == "code":
+                    client.heard = lambda text, at=at: progress(at, text)
+                    progress(at, re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip().partition("\n")[0])
+                client.execute_cell(cell, i)
+    except CellExecutionError as error:
+        return nb, f"{at} failed:\n" + "\n".join(strip_ansi(error.traceback).rstrip().splitlines()[-15:])
+    except CellTimeoutError:
+        return nb, f"{at} was still running after {limit:.0f} s in all"
+    except DeadKernelError:
+        return nb, f"the kernel died in {at}, as it does when memory runs out"
+    return nb, None
 
 
 # --- outputs worth keeping --------------------------------------------------------------------------------------
 
-_BAR = re.compile(r"\d+%\||\d+(?:it|B|ex|examples) ?\[\d\d:\d\d|[\d.?]+ ?(?:k|M|G)?(?:it|s|B|examples)/(?:s|it)\b")
-_WIDGET = "application/vnd.jupyter.widget-view+json"
+BAR = re.compile(r"\d+%\||\d+(?:it|B|ex|examples) ?\[\d\d:\d\d|[\d.?]+ ?(?:k|M|G)?(?:it|s|B|examples)/(?:s|it)\b")
 
 
-def _last_version(line: str) -> str:
-    "What is left on the screen of a line that was rewritten with carriage returns."
-    return [part for part in line.split("\r") if part][-1] if line.strip("\r") else ""
+def tidy(nb) -> None:
+    "Drop, in place, what means nothing after this run: progress bars, widgets without a kernel, this machine's paths."
+    def portable(text: str) -> str:
+        text = re.sub(r"\S*/ipykernel_\d+/\d+\.py", "<cell>", text).replace(f"{ROOT}{os.sep}", "")
+        return text.replace(str(ROOT), ".").replace(str(Path.home()) + os.sep, "~/")
+
+    def keep(output) -> bool:
+        if output.output_type == "stream":
+            lines = [line for line in output.text.split("\n") if output.name == "stdout" or not BAR.search(line)]
+            output.text = portable("\n".join(lines))
+            return bool(output.text.strip())
+        data = output.get("data", {})
+        widget = data.pop("application/vnd.jupyter.widget-view+json", None)
+        data.update({kind: portable(value) for kind, value in data.items() if kind.startswith("text/")})
+        return not widget or "text/html" in data or not BAR.search(data.get("text/plain", "0%|"))
+
+    for cell in code_cells(nb):
+        cell.outputs = [output for output in cell.outputs if keep(output)]
 
 
-def tidy_outputs(nb) -> None:
-    """Drop, in place, what means nothing outside the session that made it.
+def with_outputs(path: Path):
+    "A notebook of nbs/ with the outputs of the last series, that run's preset, and why they don't fit if they don't."
+    nb, made = nbformat.read(path, 4), SERIES / path.relative_to(NBS)
+    if not made.exists():
+        return nb, None, "it hasn't run"
+    ran = nbformat.read(made, 4)
+    preset, failed = ran.metadata.series.preset, ran.metadata.series.failed
+    if failed or [cell.source for cell in code_cells(nb)] != [cell.source for cell in code_cells(ran)]:
+        return nb, preset, "it failed" if failed else "its code has changed since it ran"
+    for cell, source in zip(code_cells(nb), code_cells(ran)):
+        cell.outputs = source.outputs
+    return nb, preset, None
 
-    Progress bars, widget views without their kernel (their HTML or text stays), the number of this process, and
-    the path of this checkout.
-    """
-    def tidy_text(text: str) -> str:
-        text = re.sub(r"\S*/ipykernel_\d+/\d+\.py", "<cell>", text)
-        return text.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".").replace(str(Path.home()) + os.sep, "~/")
 
-    for cell in nb.cells:
-        if cell.cell_type != "code":
-            continue
-        kept = []
-        for out in cell.outputs:
-            if out.output_type == "stream":
-                lines = [_last_version(line) for line in out.text.split("\n")]
-                if out.name == "stderr":
-                    lines = [line for line in lines if not _BAR.search(line)]
-                out.text = tidy_text("\n".join(lines))
-                if not out.text.strip():
-                    continue
-            elif out.output_type in ("display_data", "execute_result"):
-                was_widget = out.data.pop(_WIDGET, None)
-                plain = out.data.get("text/plain", "")
-                if was_widget and "text/html" not in out.data and (_BAR.search(plain) or not plain):
-                    continue
-                for kind, value in out.data.items():
-                    if kind.startswith("text/"):
-                        out.data[kind] = tidy_text(value)
-            kept.append(out)
-        cell.outputs = kept
-    nb.metadata.pop("widgets", None)
+def keep_outputs() -> None:
+    "Put the outputs of the last series into nbs/. Committed outputs are those of preset `laptop`."
+    from nbdev.clean import nbdev_clean
+    os.chdir(ROOT)
+    for path in series_notebooks():
+        nb, preset, reason = with_outputs(path)
+        if not reason and preset != "laptop":
+            reason = f"it ran at preset {preset}, and committed outputs are those of laptop"
+        if not reason:
+            nbformat.write(nb, path)
+            nbdev_clean(str(path))
+        print(f"{path.name}: {f'left alone, since {reason}' if reason else 'has its outputs'}")
+
+
+# --- the series -------------------------------------------------------------------------------------------------
+
+class Progress:
+    "Where the series is and how long it will take: one live line on a terminal, a line every half minute elsewhere."
+
+    def __init__(self, paths: list[Path], preset: str):
+        self.ahead = {path: expected(path, preset) for path in paths}  # seconds
+        self.began, self.said, self.live = time.monotonic(), time.monotonic(), sys.stdout.isatty()
+
+    def start(self, path: Path) -> None:
+        self.path, self.until = path, time.monotonic() + self.ahead.pop(path)
+
+    def say(self, text: str, passing: bool = False) -> None:
+        "A line with the time so far and the time left, which the next one overwrites if it is `passing`."
+        self.said = time.monotonic()
+        left = sum(self.ahead.values()) + max(0, self.until - self.said)
+        line = f"{timedelta(seconds=int(self.said - self.began))}  ~{left / 60:.0f} min left  {self.path.stem}: {text}"
+        if self.live:
+            line = "\r\033[K" + (line[: shutil.get_terminal_size().columns - 1] if passing else line)
+        print(line, end="" if passing and self.live else "\n", flush=True)
+
+    def __call__(self, at: str, printed: str) -> None:
+        "What a cell is at."
+        line = printed.replace("\r", "\n").strip().rpartition("\n")[2]
+        if line and (self.live or time.monotonic() - self.said > 30):
+            self.say(f"{at}: {line}", passing=True)
+
+
+def run_series() -> None:
+    "Export the package, run the notebooks of the path in order, and show what came of it."
+    preset, paths = os.environ.get("BLT_PRESET", "laptop"), series_notebooks()
+    if preset not in PRESETS:
+        sys.exit(f"BLT_PRESET={preset!r} is not a preset: choose one of {', '.join(PRESETS)}")
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=ROOT, check=True)
+    shutil.rmtree(SERIES, ignore_errors=True)
+    SERIES.mkdir()
+    progress = Progress(paths, preset)
+    for path in paths:
+        trains, began = training_time(path, preset), time.monotonic()
+        progress.start(path)
+        progress.say(f"begins, at preset {preset}", passing=True)
+        nb, error = run(path, preset, progress=progress)
+        seconds, progress.until = time.monotonic() - began, 0
+        progress.say(f"{'failed' if error else 'ok'}, {seconds:.0f} s")
+        tidy(nb)
+        nb.metadata.series = dict(preset=preset, failed=bool(error))
+        nbformat.write(nb, SERIES / path.name)
+        if error:
+            sys.exit(f"\n{path.relative_to(ROOT)}: {error}\n\nas far as it got: _series/{path.name}")
+        if not trains:
+            durations(**{f"{preset} {path.stem}": round(seconds, 1)})
+    models, results = (folder_of(kind, preset).relative_to(ROOT) for kind in ("checkpoints", "results"))
+    rows = pd.read_csv(ROOT / results / "series.csv", index_col="stage")
+    columns = [c for c in ("parameters", "bytes_seen", "bpb", "mean_patch", "mean_group", "seconds") if c in rows]
+    print(f"\n{rows[columns].to_string(na_rep='', float_format='{:,.3f}'.format)}\n\n"
+          f"models: {models}/   results: {results}/   executed notebooks: _series/\n"
+          "`make html` makes pages of them; `make outputs` puts their outputs into nbs/ (preset laptop)")
+
+
+if __name__ == "__main__":
+    try:
+        {"series": run_series, "outputs": keep_outputs}[sys.argv[1]]()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

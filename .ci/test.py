@@ -1,203 +1,226 @@
 """Every check of the project. The last line is `N passed, N failed`, and the exit status follows it."""
-import hashlib
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 
-from notebooks import NBS, ROOT, all_notebooks, chromium
+from notebooks import NBS, ROOT, all_notebooks, chromium, code_cells, durations, expected, run
 
-WORKERS = 2  # notebooks at a time, each on one core
-LIMIT = 900  # seconds for one notebook
-LONG = ("10_stacked", "13_scaling", "distributed", "14_gpu", "browser", "hostile", "11_evaluation", "09_generation")  # these begin first, so that no core waits for them in the end
+WORKERS, LIMIT = 2, 900  # notebooks at a time, each with one thread; seconds for one notebook
 BIN = Path(sys.executable).parent
 
-# A check returns None, or the reason why it failed.
+# The modules in their order, each of which imports only from those before it, and the lines of code it may have.
+BUDGETS = {"data": 330, "transformer": 280, "training": 400, "entropy": 180, "patching": 360, "show": 350, "local": 270,
+           "model": 390, "generation": 230, "stacked": 380, "units": 200, "cli": 250, "published": 280, "explorer": 350,
+           "experiments": 1200}
+TOTAL, COLUMNS = 5600, 120
+LAYOUT = tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER
+# What may import from further down: module or notebook, the function or class there, what it imports.
+LAZY = {("patching", "patcher_from_dict", "stacked"), ("model", "BLT", "published"), ("06_inspecting", "", "explorer")}
+
+# A check returns what is wrong as lines of text, and nothing if all is well.
 
 
-def run(command, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([str(part) for part in command], text=True, encoding="utf-8", errors="replace",
+def command(*parts, **options) -> str:
+    "Run a command; the end of what it printed if it failed."
+    done = subprocess.run([str(part) for part in parts], text=True, encoding="utf-8", errors="replace",
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return "\n".join(done.stdout.rstrip().splitlines()[-30:] or ["failed without a word"]) if done.returncode else ""
 
 
-def tail(text: str, lines: int = 30) -> str:
-    return "\n".join(text.rstrip().splitlines()[-lines:])
-
-
-def copy_of_notebooks(folder: Path) -> Path:
-    "A copy of the tree in `folder`, with as much of it as exporting and cleaning need."
-    tree = folder / "tree"
-    shutil.copytree(NBS, tree / "nbs", ignore=shutil.ignore_patterns(".*", "_*"))
-    for name in ("settings.ini", "pyproject.toml"):
-        shutil.copy(ROOT / name, tree)
-    (tree / "blt_nb").mkdir()
-    if (init := ROOT / "blt_nb" / "__init__.py").exists():  # written by hand but for its version
-        shutil.copy(init, tree / "blt_nb")
-    return tree
-
-
-def outside_tests() -> dict:
-    "An environment in which nbdev exports: it does not where IN_TEST is set."
-    return {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-
-
-def export_is_current():
+@contextmanager
+def copied(*names: str):
+    "A copy of files and folders of the project."
     with tempfile.TemporaryDirectory() as folder:
-        tree = copy_of_notebooks(Path(folder))
-        done = run([BIN / "nbdev_export"], cwd=tree, env=outside_tests())
-        if done.returncode:
-            return tail(done.stdout)
-        made, kept = ({str(p.relative_to(root)): p.read_bytes() for p in sorted((root / "blt_nb").rglob("*.py"))}
-                      for root in (tree, ROOT))
-        made["pyproject.toml"], kept["pyproject.toml"] = ((r / "pyproject.toml").read_bytes() for r in (tree, ROOT))
-    wrong = [f"{name} differs from its notebook" for name in made.keys() & kept.keys() if made[name] != kept[name]]
-    wrong += [f"{name} is missing" for name in made.keys() - kept.keys()]
-    wrong += [f"{name} comes from no notebook" for name in kept.keys() - made.keys()]
-    return "\n".join([*sorted(wrong), "run .venv/bin/nbdev_export"]) if wrong else None
+        for name in names:
+            there = Path(folder) / name
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, there, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            else:
+                there.parent.mkdir(exist_ok=True)
+                shutil.copy(ROOT / name, there)
+        yield Path(folder).resolve()
 
 
-def notebooks_are_clean():
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copy_of_notebooks(Path(folder))
-        done = run([BIN / "nbdev_clean"], cwd=tree, env=outside_tests())
-        if done.returncode:
-            return tail(done.stdout)
-        unclean = [path for path in all_notebooks() if (tree / path.relative_to(ROOT)).read_bytes() != path.read_bytes()]
-    if unclean:
-        return "\n".join([*(f"{path.relative_to(ROOT)} is not clean" for path in unclean), "run .venv/bin/nbdev_clean"])
+def modules() -> dict[str, Path]:
+    "The modules of the package by their names, such as `experiments.runs`."
+    found = {path.relative_to(ROOT / "blt_nb"): path for path in sorted((ROOT / "blt_nb").rglob("*.py"))}
+    return {".".join(name.with_suffix("").parts): path for name, path in found.items() if name.name[0] != "_"}
 
 
-def no_error_outputs():
-    wrong = [f"{path.relative_to(ROOT)}: cell {i + 1} ends in {output.ename}"
-             for path in all_notebooks() for i, cell in enumerate(nbformat.read(path, as_version=4).cells)
-             for output in cell.get("outputs", []) if output.output_type == "error"]
-    return "\n".join(wrong) or None
+def notebooks_are_clean_and_exported() -> str:
+    with copied("nbs", "blt_nb/__init__.py", "settings.ini", "pyproject.toml") as tree:
+        if failed := command(BIN / "nbdev_export", cwd=tree) or command(BIN / "nbdev_clean", cwd=tree):
+            return failed
+        made, kept = ({path.relative_to(root): path.read_bytes() for kind in ("blt_nb/**/*.py", "nbs/**/*.ipynb")
+                       for path in root.glob(kind) if path.parent.name[0] != "."} for root in (tree, ROOT))
+    return "\n".join(f"{name} isn't what nbdev makes of the notebooks: run .venv/bin/nbdev_export and nbdev_clean"
+                     for name in sorted(made.keys() | kept.keys()) if made.get(name) != kept.get(name))
 
 
-def readme_is_current():
+def no_notebook_shows_an_error() -> str:
+    return "\n".join(f"{path.relative_to(ROOT)}: cell {cell.id} ends in {output.ename}" for path in all_notebooks()
+                     for cell in code_cells(nbformat.read(path, 4)) for output in cell.outputs
+                     if output.output_type == "error")
+
+
+def readme_is_current() -> str:
     import readme
+    text, images = readme.render()
+    same = readme.README.exists() and readme.README.read_text(encoding="utf-8") == text and readme.pictures() == images
+    return "" if same else "README.md or its pictures aren't what nbs/index.ipynb gives: run make readme"
 
-    try:
-        text, images = readme.render()
-    except (SystemExit, OSError) as error:
-        return str(error)
+
+def modules_keep_to_their_budgets() -> str:
+    lines = dict.fromkeys(BUDGETS, 0)
+    for name, path in modules().items():
+        with path.open(encoding="utf-8") as file:
+            tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type not in LAYOUT]
+        name = name.split(".")[0]
+        lines[name] = lines.get(name, 0) + len({n for t in tokens for n in range(t.start[0], t.end[0] + 1)})
+    lines["all modules"] = sum(lines.values())
+    budgets = BUDGETS | {"all modules": TOTAL}
+    return "\n".join(f"{name}: {n} lines of code, {budgets.get(name, 0)} are allowed"
+                     for name, n in lines.items() if n > budgets.get(name, 0))
+
+
+def code_fits_the_page() -> str:
     wrong = []
-    if not readme.README.exists() or readme.README.read_text(encoding="utf-8") != text:
-        wrong.append("README.md is not what nbs/index.ipynb gives")
-    here = readme.owned()
-    wrong += [f"nbs/images/{name} is not what nbs/index.ipynb gives"
-              for name in sorted(images.keys() | here.keys()) if images.get(name) != here.get(name)]
-    return "\n".join([*wrong, "run make readme"]) if wrong else None
+    for path in [*modules().values(), *(ROOT / ".ci").glob("*.py"), ROOT / "setup.py"]:
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if long := [str(number) for number, line in lines if len(line) > COLUMNS]:
+            wrong.append(f"{path.relative_to(ROOT)}: more than {COLUMNS} columns in lines {', '.join(long)}")
+    return "\n".join(wrong)
 
 
-def pages_are_whole():
-    "The pages of `make html` lead nowhere that is not there, ask no host for anything, and are small."
+def imports(code: str):
+    "What code imports of this package: pairs of the function or class around it and the module."
+    for top in ast.parse(code).body:
+        for node in ast.walk(top):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                base = ".".join(filter(None, ["blt_nb" * (node.level > 0), node.module]))
+                names = [f"{base}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                names = [getattr(node.args[0], "value", "blt_nb.*")]  # *: a name made at run time
+            yield from ((getattr(top, "name", ""), name.split(".")[1]) for name in names if name.startswith("blt_nb."))
+
+
+def imports_go_upwards() -> str:
+    order, wrong, code = list(BUDGETS), [], {}
+    for name, path in modules().items():
+        code[name] = name, path.read_text(encoding="utf-8"), False
+    for path in all_notebooks():
+        cells = [cell.source for cell in code_cells(nbformat.read(path, 4))]
+        if exported := [cell.split()[-1] for cell in cells if cell.startswith("#| default_exp")]:
+            code[path.stem] = exported[0], "".join(TransformerManager().transform_cell(cell) for cell in cells), True
+    for name, (module, text, itself) in code.items():
+        if module in order:
+            allowed = ["__version__", *order[:order.index(module) + itself]]
+            wrong += [f"{name} imports {used}, which comes after {module}" for where, used in imports(text)
+                      if used not in allowed and (name, where, used) not in LAZY]
+    return "\n".join(wrong)
+
+
+def pages_need_no_network() -> str:
     import pages
-
     with tempfile.TemporaryDirectory() as folder:
-        site = Path(folder) / "site"
-        pages.build(pages.read_series(NBS), site, "")
-        return "\n".join(pages.problems(site)) or None
+        pages.build(pages.read_books(), Path(folder))
+        return "\n".join(pages.problems(Path(folder)))
 
 
-def dependencies_agree():
-    done = run([sys.executable, "-m", "pip", "check", "--disable-pip-version-check"])
-    return tail(done.stdout) if done.returncode else None
+def installed_packages_agree() -> str:
+    return command(sys.executable, "-m", "pip", "check", "--disable-pip-version-check")
 
 
-BARE_IMPORT = """
-import importlib, pkgutil, sys
-for name in ("IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyter_core", "jupyterlab", "nbformat", "nbclient",
-             "nbconvert", "nbdev", "execnb", "fastcore", "ghapi", "transformers", "hypothesis", "playwright"):
+ALONE = """
+import importlib, importlib.metadata, pkgutil, sys
+for name in ("IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyter_core", "jupyterlab", "nbformat",
+             "nbclient", "nbconvert", "nbdev", "execnb", "fastcore", "ghapi", "transformers", "hypothesis",
+             "playwright"):
     sys.modules[name] = None  # importing it fails, and looking for it finds nothing
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
 import blt_nb
-names = [m.name for m in pkgutil.walk_packages(blt_nb.__path__, "blt_nb.")]
-assert names, "blt_nb has no modules"
-for name in names: importlib.import_module(name)
+assert blt_nb.__file__.startswith(sys.argv[1]), blt_nb.__file__
+for module in pkgutil.walk_packages(blt_nb.__path__, "blt_nb."): importlib.import_module(module.name)
+for installed in importlib.metadata.distributions(path=[sys.argv[1]]):
+    for entry in installed.entry_points: entry.load()
 """
 
 
-def imports_bare():
-    with tempfile.TemporaryDirectory() as folder:
-        done = run([sys.executable, "-c", BARE_IMPORT], cwd=folder)
-    return tail(done.stdout) if done.returncode else None
+def wheel_works_alone() -> str:
+    "The wheel builds, and what is in it imports without Jupyter, nbdev and transformers."
+    with copied("blt_nb", "settings.ini", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in") as tree:
+        options = "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"
+        if failed := command(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tree / "wheel", tree):
+            return failed
+        shutil.unpack_archive(next((tree / "wheel").glob("*.whl")), tree / "alone", "zip")
+        return command(sys.executable, "-c", ALONE, tree / "alone", cwd=tree / "alone")
 
 
-def notebook_passes(path: Path):
-    "Run one notebook through nbdev_test at the smallest preset."
-    with tempfile.TemporaryDirectory() as ipython:
-        env = {**os.environ, "BLT_PRESET": "ci", "OMP_NUM_THREADS": "1", "IPYTHONDIR": ipython}
+def notebook_runs(path: Path) -> str:
+    return run(path, "ci", limit=LIMIT, OMP_NUM_THREADS="1")[1] or ""
+
+
+CHECKS = (modules_keep_to_their_budgets, code_fits_the_page, imports_go_upwards, no_notebook_shows_an_error,
+          readme_is_current, notebooks_are_clean_and_exported, installed_packages_agree, wheel_works_alone,
+          pages_need_no_network)
+
+
+def tree() -> dict[Path, int]:
+    "The files of data/ and nbs/ that tests should leave alone, and when they were written."
+    files = [path for folder in (ROOT / "data", NBS) for path in folder.rglob("*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files if not {"cache", ".ipynb_checkpoints"} & {*path.parts}}
+
+
+def main() -> None:
+    passed, failed, took, before = [], [], {}, tree()
+
+    def do(name: str, check, *args) -> None:
+        "Check, and say what came of it."
+        began = time.monotonic()
         try:
-            done = run([BIN / "nbdev_test", "--path", path, "--n_workers", "0"], cwd=ROOT, env=env, timeout=LIMIT)
-        except subprocess.TimeoutExpired as expired:
-            return f"still running after {LIMIT} s\n{tail((expired.stdout or b'').decode(errors='replace'))}"
-    # nbdev_test also exits with 0 where it ran nothing: only its own word counts.
-    return None if done.returncode == 0 and "Success." in done.stdout.splitlines() else tail(done.stdout, 60)
+            wrong = check(*args)
+        except (Exception, SystemExit) as error:  # a check that breaks has failed, and the others still run
+            wrong = f"{type(error).__name__}: {error}"
+        (failed if wrong else passed).append(name)
+        seconds = round(time.monotonic() - began, 1)
+        took.update({f"ci {path.stem}": seconds for path in args})
+        lines = [f"{name} ... {'FAILED' if wrong else 'ok'} ({seconds} s)", *wrong.splitlines()]
+        print("\n    ".join(lines), flush=True)
 
+    def tests_leave_the_tree_alone() -> str:
+        after = tree()
+        return "\n".join(f"{path} was written" for path in before.keys() | after.keys()
+                         if before.get(path) != after.get(path))
 
-def written_files() -> dict[str, str]:
-    "What git sees as new or changed below data/ and nbs/ (notebooks left out: someone may be at work on them)."
-    listed = run(["git", "ls-files", "--modified", "--others", "--deleted", "--exclude-standard", "data", "nbs"], cwd=ROOT)
-    paths = [] if listed.returncode else [ROOT / line for line in listed.stdout.splitlines()]
-    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "deleted"
-            for path in paths if path.suffix != ".ipynb"}
-
-
-class Tally:
-    def __init__(self):
-        self.passed = self.failed = 0
-
-    def report(self, name: str, reason: str | None, seconds: float):
-        if reason is None:
-            self.passed += 1
-            print(f"{name} ... ok ({seconds:.0f} s)", flush=True)
-        else:
-            self.failed += 1
-            print(f"{name} ... FAILED ({seconds:.0f} s)\n" + "\n".join("    " + line for line in reason.splitlines()),
-                  flush=True)
-
-
-def timed(check, *args):
-    began = time.monotonic()
-    try:
-        reason = check(*args)
-    except Exception as error:  # a check that breaks has failed, and the others still run
-        reason = f"{type(error).__name__}: {error}"
-    return reason, time.monotonic() - began
-
-
-def main():
-    tally, before = Tally(), written_files()
-    if chromium() is None:
-        print("Chromium is not installed: nbs/checks/browser.ipynb skips everything that it would check in a browser", flush=True)
-    checks = {
-        "the exported package is what the notebooks give": (export_is_current,),
-        "notebooks are clean": (notebooks_are_clean,),
-        "no notebook shows an error": (no_error_outputs,),
-        "README.md is what nbs/index.ipynb gives": (readme_is_current,),
-        "the notebooks become pages that need no network": (pages_are_whole,),
-        "installed packages agree with each other": (dependencies_agree,),
-        "blt_nb imports without Jupyter, nbdev or transformers": (imports_bare,),
-    }
-    for path in sorted(all_notebooks(), key=lambda path: LONG.index(path.stem) if path.stem in LONG else len(LONG)):
-        checks[str(path.relative_to(ROOT))] = notebook_passes, path
+    if not chromium():
+        print("Chromium isn't installed: nbs/checks/browser.ipynb skips what it would check in a browser", flush=True)
     with ThreadPoolExecutor(WORKERS) as pool:
-        names = {pool.submit(timed, *check): name for name, check in checks.items()}
-        for done in as_completed(names):
-            tally.report(names[done], *done.result())
-
-    after = written_files()
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    tally.report("the tests leave data/ and nbs/ as they were", "\n".join(changed) or None, 0)
-    print(f"{tally.passed} passed, {tally.failed} failed")
-    sys.exit(1 if tally.failed else 0)
+        for check in CHECKS:
+            pool.submit(do, check.__name__.replace("_", " "), check)
+        for path in sorted(all_notebooks(), key=lambda path: -expected(path, "ci")):
+            pool.submit(do, str(path.relative_to(ROOT)), notebook_runs, path)
+    durations(**took)
+    do("tests leave data/ and nbs/ alone", tests_leave_the_tree_alone)
+    print(f"{len(passed)} passed, {len(failed)} failed")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        os._exit(130)  # without waiting for notebooks that run: a kernel ends when its parent is gone
