@@ -21,7 +21,7 @@ from .data import VOCAB_SIZE, Loader, check_ids
 from .training import Pretrained, load_or_train, load_splits, preset, train_stage
 from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, init_linear, transformer_flops
 
-# %% ../nbs/04_entropy.ipynb #848eba1a
+# %% ../nbs/04_entropy.ipynb #ebb5b4b6
 PRIMES = (1_000_000_007, 5_915_587_277, 1_500_450_271, 3_267_000_013, 5_754_853_343, 4_093_082_899, 9_576_890_767,
           3_628_273_133, 2_860_486_313, 5_463_458_053, 3_367_900_313) # bases of the hash functions, as published
 
@@ -29,7 +29,7 @@ def hash_powers(
     sizes: Sequence[int], # n of the n-grams
     functions: int = 1,   # hash functions
 ) -> Tensor: # (longest n, tables) int64: what each of the last ids is multiplied by, the oldest first
-    "Powers of each function's prime for each n, wrapped around as 64-bit arithmetic does; 0 for ids before the n-gram."
+    "Powers of each function's prime for each n, wrapped around as 64-bit arithmetic does; 0 before the n-gram."
     def wrapped(prime, j): return (pow(prime, j, 2**64) + 2**63) % 2**64 - 2**63
     columns = [[0] * (max(sizes) - n) + [wrapped(prime, j) for j in range(n)]
                for prime in PRIMES[:functions] for n in sizes]
@@ -41,11 +41,11 @@ def ngram_hashes(
     rows: int,      # hashes are in 0..rows - 1
     context: int = 0, # C
 ) -> Tensor: # (B, T, tables) hash of the n ids that end at each position; before the text lie zeros
-    "Rolling polynomial hash Σ_j ids[t - n + 1 + j] · prime^j in 64-bit arithmetic, modulo the rows (paper, section 3.2.1)."
+    "Polynomial hash Σ_j ids[t - n + 1 + j] · prime^j in 64-bit arithmetic, modulo the rows (paper, section 3.2.1)."
     last = F.pad(ids, (len(powers) - 1, 0)).unfold(1, len(powers), 1)[:, context:] # (B, T, longest n)
     return (last[..., None] * powers).sum(-2) % rows
 
-# %% ../nbs/04_entropy.ipynb #1f9c081d
+# %% ../nbs/04_entropy.ipynb #9db71e57
 @dataclass
 class NgramConfig:
     "Hash tables for n-grams of bytes. `ValueError` for impossible sizes."
@@ -72,7 +72,7 @@ class NgramEmbedding(nn.Module):
     ):
         super().__init__()
         self.config, tables, row = config, len(config.sizes) * config.functions, config.width or width
-        self.table = nn.Embedding(tables * config.rows, row)  # one table after the other
+        self.table = nn.Embedding(tables * config.rows, row) # one table after the other
         nn.init.normal_(self.table.weight, std=row ** -0.5)
         self.project = nn.Linear(tables * row, width, bias=False) if config.width else None
         self.register_buffer("powers", hash_powers(config.sizes, config.functions), persistent=False)
@@ -87,7 +87,7 @@ class NgramEmbedding(nn.Module):
         if self.project is not None: return self.project(self.table(rows).flatten(2))
         return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, rows.shape[:2])
 
-# %% ../nbs/04_entropy.ipynb #bd1eed8b
+# %% ../nbs/04_entropy.ipynb #0fa60845
 class ByteEmbedding(nn.Module):
     "A vector for each byte: its own, and those of the n-grams that end there."
     def __init__(self,
@@ -119,7 +119,7 @@ class ByteEmbedding(nn.Module):
         ids = ids[:, -self.reach:]
         return self(ids, ids.shape[1] - 1)
 
-# %% ../nbs/04_entropy.ipynb #74f7427d
+# %% ../nbs/04_entropy.ipynb #4f54acdc
 def entropy_of(
     logits: Tensor, # (..., n) of the next id
 ) -> Tensor: # (...) nats, float32
@@ -127,7 +127,6 @@ def entropy_of(
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
-# %% ../nbs/04_entropy.ipynb #e12744ed
 @dataclass
 class EntropyConfig:
     "Sizes of the entropy model."
@@ -140,8 +139,9 @@ class EntropyConfig:
         if isinstance(self.transformer, dict): self.transformer = TransformerConfig(**self.transformer)
         if isinstance(self.ngrams, dict): self.ngrams = NgramConfig(**self.ngrams)
 
+# %% ../nbs/04_entropy.ipynb #91279533
 class EntropyModel(nn.Module, Pretrained):
-    "A small byte language model. What it doesn't know about the next byte decides where patches start (paper, section 2.3)."
+    "A small byte language model. Patches start where it is uncertain about the next byte (paper, section 2.3)."
     def __init__(self,
         config: EntropyConfig,
     ):
@@ -182,14 +182,14 @@ class EntropyModel(nn.Module, Pretrained):
         "See `transformer_flops`."
         return self.embed.flops() + transformer_flops(self.config.transformer, window) + 2.0 * self.head.weight.numel()
 
-# %% ../nbs/04_entropy.ipynb #9c855abe
+# %% ../nbs/04_entropy.ipynb #38c7a7e4
 def entropy_config() -> EntropyConfig:
     "The entropy model of the running preset."
     p = preset("entropy")
     return EntropyConfig(TransformerConfig(width=p.width, layers=p.layers, heads=p.heads, window=p.attention),
                          NgramConfig(sizes=p.ngram_sizes, rows=p.ngram_rows, width=p.ngram_width))
 
-# %% ../nbs/04_entropy.ipynb #ae9a99e9
+# %% ../nbs/04_entropy.ipynb #1b329488
 def train_entropy_model(
     seed: int = 0, # of weights and data order
 ) -> tuple[EntropyModel, pd.DataFrame]: # the model and its history, see `blt_nb.training.fit`

@@ -6,18 +6,16 @@
 __all__ = ['POOLS', 'UNPOOLS', 'flat_groups', 'segment_max', 'segment_mean', 'segment_softmax', 'CrossAttention', 'Pool',
            'Unpool', 'AddUnpool', 'LocalEncoder', 'LocalDecoder']
 
-# %% ../nbs/07_local.ipynb #f6d86e22
+# %% ../nbs/07_local.ipynb #107b1e8d
 from collections.abc import Callable, Sequence
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 
 from .patching import Patches
 from .transformer import BRANCHES, KVCache, RMSNorm, Transformer, TransformerConfig, init_linear
 
-# %% ../nbs/07_local.ipynb #ffd0fa76
+# %% ../nbs/07_local.ipynb #a5ea4b6b
 def flat_groups(
     groups: Tensor, # (B, T) group of each item, 0..N; N is the bin for padding
     bins: int,      # N + 1
@@ -25,7 +23,6 @@ def flat_groups(
     "Number the groups of a whole batch."
     return (groups + bins * torch.arange(len(groups), device=groups.device)[:, None]).flatten()
 
-# %% ../nbs/07_local.ipynb #aa19a104
 def segment_max(
     x: Tensor,        # (R, c) rows
     segments: Tensor, # (R,) segment of each row
@@ -49,14 +46,14 @@ def segment_softmax(
     segments: Tensor, # (R,) segment of each row
     count: int,       # S segments
 ) -> Tensor: # (R, c); the rows of a segment add up to 1 in each column
-    "Softmax over the rows of each segment: no row is compared with one of another segment, so the cost is that of R rows."
+    "Softmax over the rows of each segment. No row is compared with one of another, so the cost is that of R rows."
     shifted = (scores - segment_max(scores.detach(), segments, count)[segments]).exp()
     total = shifted.new_zeros(count, scores.shape[1]).index_add(0, segments, shifted)
     return shifted / total[segments]
 
-# %% ../nbs/07_local.ipynb #5acafbb2
+# %% ../nbs/07_local.ipynb #237e8c9d
 class CrossAttention(nn.Module):
-    "What pooling and unpooling share: queries from one stream, keys and values from another, no positions (paper, section 3.2.2)."
+    "What pooling and unpooling share: queries from one stream, keys and values from another (paper, section 3.2.2)."
     def __init__(self,
         config: TransformerConfig, # of the transformer beside it: width d of both streams, heads, kv_heads, eps
     ):
@@ -83,15 +80,15 @@ class CrossAttention(nn.Module):
         if self.kv_heads == self.heads: return keys_values
         return keys_values.repeat_interleave(self.heads // self.kv_heads, -2)
 
-# %% ../nbs/07_local.ipynb #f9046d2c
+# %% ../nbs/07_local.ipynb #f47b8577
 POOLS = ("attention", "max", "mean") # attention, or the largest or the mean value of each number alone
 
 class Pool(nn.Module):
     """The items of one group → k vectors of their width, side by side: the vector of the group.
 
-    The queries come from the largest value of each number among the group's items, projected k times; they attend to the
-    items of their own group. Every item belongs to one group, so scores are computed item by item with its group's k
-    queries: no (groups × items) matrix. To see what attention is worth, it can be left out. `ValueError` for another kind."""
+    The queries come from the largest value of each number among the group's items, projected k times; they attend to
+    the items of their own group. Every item belongs to one group, so scores are computed item by item with its group's
+    k queries: no (groups × items) matrix. Attention can be left out. `ValueError` for another kind."""
     compiles = True # see `blt_nb.training.fit`
 
     def __init__(self,
@@ -136,7 +133,7 @@ class Pool(nn.Module):
         pooled = parts.new_zeros(len(seeds), parts.shape[1]).index_add(0, segments, parts)
         return (self.cross.out(pooled.unflatten(-1, (self.k, -1))) + self.skip * seeds).flatten(1)
 
-# %% ../nbs/07_local.ipynb #cb6f8dd3
+# %% ../nbs/07_local.ipynb #f1cc63ca
 class Unpool(nn.Module):
     "Gives each item what its visible group knows: it attends to the k vectors of that one group."
     compiles = True # see `blt_nb.training.fit`
@@ -167,6 +164,7 @@ class Unpool(nn.Module):
         weights = scores.softmax(2).to(values.dtype)
         return self.cross.out((weights[..., None] * values).sum(2).flatten(2))
 
+# %% ../nbs/07_local.ipynb #d9c117a3
 class AddUnpool(nn.Module):
     "The visible group's vector, projected: unpooling without attention, to see what that is worth."
     def __init__(self,
@@ -186,7 +184,7 @@ class AddUnpool(nn.Module):
 
 UNPOOLS = {"attention": Unpool, "add": AddUnpool}
 
-# %% ../nbs/07_local.ipynb #d4d8a4e9
+# %% ../nbs/07_local.ipynb #b4bcab5e
 class LocalEncoder(nn.Module):
     "Reads items with a windowed transformer, then pools each group into one vector."
     def __init__(self,
@@ -209,9 +207,9 @@ class LocalEncoder(nn.Module):
         groups = self.pool(x.flatten(0, 1), flat_groups(patches.groups, bins), len(x) * bins)
         return x, groups.unflatten(0, (len(x), bins))[:, :-1]
 
-# %% ../nbs/07_local.ipynb #4c134ab4
+# %% ../nbs/07_local.ipynb #71e758be
 class LocalDecoder(nn.Module):
-    "Turns the groups' outputs back into items: before each block, every item attends to the last group complete before the next item."
+    "Turns groups back into items: before each block, items attend to the last group complete before the next item."
     def __init__(self,
         config: TransformerConfig, # of the items' transformer
         group_width: int,          # width of a group's vector

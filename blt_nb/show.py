@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'LABELS', 'BARS', 'SHADES', 'FRAMES', 'MONOSPACE', 'COLOURS', 'mark', 'signs', 'shown_bytes', 'clip',
-           'parts_of', 'device_of', 'Cut', 'byte_spans', 'depths', 'level_name', 'plural', 'Shown', 'block_style',
+           'parts_of', 'device_of', 'Cut', 'byte_spans', 'depths', 'Shown', 'block_style', 'level_name', 'plural',
            'draw', 'count_lines', 'framed', 'cut_short', 'show_patches', 'compare_patchers', 'score_at_bytes',
-           'draw_curve', 'draw_curves', 'plot_entropies', 'patch_table', 'plot_lengths', 'frequent_patches']
+           'draw_curve', 'plot_entropies', 'patch_table', 'plot_lengths', 'frequent_patches']
 
-# %% ../nbs/06_inspecting.ipynb #3492ea4c
+# %% ../nbs/06_inspecting.ipynb #ca519a30
 import copy
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor
 from .data import BOE_ID, BOS_ID, EOS_ID, OFFSET, PAD_ID, check_ids, documents, encode, eval_batches
 from .patching import Patcher, Patches, ThresholdPatcher, level_items
 
-# %% ../nbs/06_inspecting.ipynb #c825a6c0
+# %% ../nbs/06_inspecting.ipynb #370e01b4
 MARKS = {" ": "·", "\t": "⇥", "\n": "↵"}
 LABELS = {BOE_ID: "BOE", BOS_ID: "BOS", EOS_ID: "EOS", PAD_ID: "PAD"}
 
@@ -54,7 +54,7 @@ def shown_bytes(
     "Bytes as a label, see `mark`."
     return "".join(sign for sign, _ in signs([byte + OFFSET for byte in data]))
 
-# %% ../nbs/06_inspecting.ipynb #6caf9e48
+# %% ../nbs/06_inspecting.ipynb #f913fe56
 def clip(
     text: str | bytes | Tensor, # text, or its ids (T,), which begin with BOS
     max_bytes: int,             # that are kept
@@ -81,7 +81,7 @@ def device_of(
     "Where its model is."
     return next(iter(patcher.state_dict().values()), torch.zeros(0)).device
 
-# %% ../nbs/06_inspecting.ipynb #b598dfae
+# %% ../nbs/06_inspecting.ipynb #21b187c6
 class Cut:
     """A text cut at each level, with the scores that its patchers went by.
 
@@ -119,7 +119,7 @@ class Cut:
             items = level_items(ids, None, self.patches)[1]
             self.patches.append(patcher.cut(self.scores[len(self.patches)], items))
 
-# %% ../nbs/06_inspecting.ipynb #ccd8baed
+# %% ../nbs/06_inspecting.ipynb #92d27133
 def byte_spans(
     patches: Sequence[Patches], # one per level, outermost first
     row: int = 0,               # of the batch
@@ -137,19 +137,6 @@ def depths(
     begins = [{begin for begin, _ in level} for level in spans]
     return [sum(begin in level for level in begins) for begin, _ in spans[0]]
 
-def level_name(
-    level: int, # from 1
-) -> str:
-    "What a patch of a level is called."
-    return ["patch", "second-order patch", "third-order patch"][level - 1] if level <= 3 else f"patch of order {level}"
-
-def plural(
-    name: str, # from `level_name`
-) -> str:
-    "Several of them."
-    return name.replace("patch", "patches")
-
-# %% ../nbs/06_inspecting.ipynb #62417b8f
 BARS = "|‖⦀"
 SHADES = "66,133,235", "235,140,30" # of patches by turns
 FRAMES = ("2px solid", "3px double") # of second-order patches, and of all above
@@ -175,6 +162,19 @@ def block_style(
                 f"background:rgba({shade},.2)")
     return (f"padding:{5 * level - 6}px 1px;margin:0 1px;border-radius:{3 + 2 * level}px;"
             f"border:{FRAMES[min(level, 3) - 2]} rgba(128,128,128,.8);background:rgba(128,128,128,.07)")
+
+# %% ../nbs/06_inspecting.ipynb #2b5e4d04
+def level_name(
+    level: int, # from 1
+) -> str:
+    "What a patch of a level is called."
+    return ["patch", "second-order patch", "third-order patch"][level - 1] if level <= 3 else f"patch of order {level}"
+
+def plural(
+    name: str, # from `level_name`
+) -> str:
+    "Several of them."
+    return name.replace("patch", "patches")
 
 def draw(
     ids: Sequence[int],         # of the text
@@ -203,7 +203,7 @@ def draw(
     line = f"line-height:{1.1 + 0.75 * len(patches):.2f};font-family:{MONOSPACE};font-size:14px;overflow-wrap:anywhere"
     return Shown(f"<div dir=\"auto\" style='{line}'>{''.join(page)}</div>", "".join(text))
 
-# %% ../nbs/06_inspecting.ipynb #6035dec9
+# %% ../nbs/06_inspecting.ipynb #501e32ea
 def count_lines(
     patches: Sequence[Patches], # of one text, one per level
 ) -> list[str]: # a phrase per level
@@ -241,7 +241,7 @@ def show_patches(
     page = framed(shown.page, notes=[*count_lines(cut.patches), *notes])
     return Shown(page, "\n".join([shown.text, *(f"({note})" for note in notes)]))
 
-# %% ../nbs/06_inspecting.ipynb #acafde00
+# %% ../nbs/06_inspecting.ipynb #7042d854
 def compare_patchers(
     text: str | bytes | Tensor,     # text, or its ids (T,), which begin with BOS
     patchers: Mapping[str, object], # name -> what `show_patches` takes
@@ -260,7 +260,7 @@ def compare_patchers(
     table = f"<table style='border-collapse:collapse'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return Shown(framed(table, notes=notes), "\n".join([*lines, *notes]))
 
-# %% ../nbs/06_inspecting.ipynb #e0f9c445
+# %% ../nbs/06_inspecting.ipynb #9190cf3c
 def score_at_bytes(
     cut: Cut,
     level: int, # from 0
@@ -275,7 +275,6 @@ def score_at_bytes(
                       for p in (cut.patches[level], free.cut(cut.scores[level], items)))
     return cut.scores[level][0, number[1:] - 1].numpy(), starts, wanted
 
-# %% ../nbs/06_inspecting.ipynb #b95f2bb9
 COLOURS = ("#3d85d8", "#d0730f", "#2f9a5c", "#9a62c6") # of the levels
 
 def draw_curve(
@@ -287,10 +286,11 @@ def draw_curve(
 ) -> None:
     "One line of one curve of `plot_entropies`."
     (values, starts, wanted), patcher = score_at_bytes(cut, level), cut.patchers[level]
-    low, top, edges = min(0, values.min()), 1.1 * max(values.max(), 0.1), np.arange(first, last + 1) - 0.5
+    inside, edges = values[1:], np.arange(first, last + 1) - 0.5 # the score of BOS decides nothing
+    low, top = inside.min(initial=0), 1.1 * inside.max(initial=1e-3)
     for style in dict(lw=1.5), dict(fill=True, alpha=0.12):
         ax.stairs(values[first:last], edges, color=COLOURS[level % len(COLOURS)], **style)
-    for chosen, face, why in (starts & wanted, "0.25", "starts"), (starts & ~wanted, "white", "after a full one"):
+    for chosen, face, why in (starts & wanted, "0.25", "starts"), (starts & ~wanted, "white", "starts, last one full"):
         where = np.flatnonzero(chosen[first:last]) + first - 0.5
         ax.vlines(where, low, top, color="0.25", lw=1, alpha=0.4)
         label = f"{level_name(level + 1)} {why}" if chosen.any() else None
@@ -301,12 +301,16 @@ def draw_curve(
     ax.set(ylim=(low, top), ylabel=patcher.kind + ("\n(nats)" if "entropy" in patcher.kind else ""), xticks=[])
     ax.spines[["top", "right"]].set_visible(False)
 
-def draw_curves(
-    cut: Cut,
-    per_row: int = 80, # bytes in a line of the picture
+# %% ../nbs/06_inspecting.ipynb #2958d416
+def plot_entropies(
+    text: str | bytes | Tensor, # text, or its ids (T,), which begin with BOS
+    what,                       # a patcher, a list of them, or a BLT; each level that has a threshold gets a curve
+    max_bytes: int = 240,       # draw no more than this of a longer text
+    per_row: int = 80,          # bytes in a line of the picture
 ): # a matplotlib Figure
-    "The figure of `plot_entropies`."
+    "The score before each byte, and the starts (paper, figure 4). `ValueError` without a curve; others as in `Cut`."
     import matplotlib.pyplot as plt
+    cut = Cut(text, what, max_bytes)
     levels = [level for level, patcher in enumerate(cut.patchers) if isinstance(patcher, ThresholdPatcher)]
     n = len(cut.ids) - 1
     if not levels or not n:
@@ -327,15 +331,7 @@ def draw_curves(
         ax.tick_params(axis="x", length=0)
     return figure
 
-def plot_entropies(
-    text: str | bytes | Tensor, # text, or its ids (T,), which begin with BOS
-    what,                       # a patcher, a list of them, or a BLT; each level that has a threshold gets a curve
-    max_bytes: int = 240,       # draw no more than this of a longer text
-): # a matplotlib Figure
-    "The score before each byte, and the starts (paper, figure 4). `ValueError` without a curve; others as in `Cut`."
-    return draw_curves(Cut(text, what, max_bytes))
-
-# %% ../nbs/06_inspecting.ipynb #db393ed0
+# %% ../nbs/06_inspecting.ipynb #c3bde8e2
 @torch.no_grad()
 def patch_table(
     data: Dataset | IterableDataset | Iterable[str | bytes] | str | bytes, # a corpus, texts, or one text
@@ -375,8 +371,8 @@ def plot_lengths(
         ax.bar(share.index, share, width=0.85, color="#4c8bd6")
         ax.axvline(items.mean(), color="0.2", ls="--", lw=1.2, label=f"mean {items.mean():.2f}")
         ax.set(xlabel=f"{'bytes' if level == 1 else plural(level_name(level - 1))} per {level_name(level)}",
-               ylabel=f"% of {plural(level_name(level))}")
-        ax.legend(frameon=False)
+               ylabel=f"% of {plural(level_name(level))}", xlim=(0, items.max() + 1))
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 
