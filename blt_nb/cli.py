@@ -7,7 +7,7 @@ __all__ = ['GET_STAGE', 'run_command', 'emit', 'standard_input', 'read_inputs', 
            'parser_of', 'check_start', 'train_series', 'blt_train', 'patch_documents', 'blt_patch', 'write_documents',
            'blt_generate', 'score_documents', 'blt_eval', 'main']
 
-# %% ../nbs/13_your_text.ipynb #2ea81557
+# %% ../nbs/13_your_text.ipynb #4f130bec
 import argparse, contextlib, io, json, math, os, shutil, sys, warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,14 +23,10 @@ from .show import byte_spans, show_patches
 from .stacked import get_stacked
 from .training import PRESETS, Series, bits_per_byte, load_splits, my_part, series, stage_identity
 
-# %% ../nbs/13_your_text.ipynb #d2d65bf1
+# %% ../nbs/13_your_text.ipynb #8deef0f2
 GET_STAGE = {"entropy": get_entropy_model, "blt-1": get_blt, "blt-2": get_stacked} # stages of `blt_train`, in order
 
-def run_command(
-    parser: argparse.ArgumentParser, # its name is that of the command
-    run: Callable,                   # called with the parsed arguments
-    arguments: Sequence[str] | None, # None: those of the process
-) -> int: # exit status
+def run_command(parser: argparse.ArgumentParser, run: Callable, arguments: Sequence[str] | None) -> int: # exit status
     "Parse and run; failures become a line on standard error. `SystemExit` after --help (0) and for wrong usage (2)."
     args = parser.parse_intermixed_args(arguments) # options may stand between a model and its files
     args.usage = parser.error
@@ -88,6 +84,7 @@ def open_model(
                                 f"or ask for {folder / 'entropy'}")
     if stages: path = folder = folder / stages[-1]
     config = folder / "config.json"
+    if folder.is_dir() and not config.is_file(): raise FileNotFoundError(f"{path} is no saved model: no config.json in it")
     kind = EntropyModel if config.is_file() and "transformer" in read_json(config) else BLT
     return kind.from_pretrained(path, device="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -97,9 +94,11 @@ def open_blt(path: str | Path) -> BLT: # see `open_model`
     raise ValueError(f"{path} is an entropy model, which has no patches of its own; take a BLT, such as the folder "
                      "that blt_train made")
 
-def window_of(model: BLT | EntropyModel) -> int: # ids
-    "The window that a model was trained with, 512 if it doesn't say."
-    return model.facts.get("identity", {}).get("sizes", {}).get("data", {}).get("window", 512)
+def window_of(model: BLT | EntropyModel, asked: int | None = None) -> int: # ids
+    "The window that is asked for, else that which a model was trained with, else 512. `ValueError` for one below 2."
+    if asked is None: return model.facts.get("identity", {}).get("sizes", {}).get("data", {}).get("window", 512)
+    if asked < 2: raise ValueError(f"--window is {asked}; it must be at least 2 ids, BOS and a byte")
+    return asked
 
 def parser_of(
     name: str,        # of the command
@@ -116,7 +115,7 @@ def parser_of(
         parser.add_argument("files", nargs="*", help=f"{reads}, files or folders; none, or '-': standard input")
     return parser
 
-# %% ../nbs/13_your_text.ipynb #12985349
+# %% ../nbs/13_your_text.ipynb #24c637ae
 def check_start(
     args: argparse.Namespace, # of `blt_train`
     corpus: str | Path,       # what is trained on
@@ -125,7 +124,7 @@ def check_start(
     out = user_path(args.out)
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file; name a folder, or a new one")
     folder = user_path(corpus)
-    if corpus != "books" and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+    if corpus not in ("", "books") and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {out} lies inside --corpus {corpus}, so training would read what it has written; "
                          "choose a folder outside")
     with series(Series(args.preset, corpus, args.column, out)), contextlib.redirect_stdout(sys.stderr):
@@ -185,12 +184,11 @@ def blt_train(arguments: Sequence[str] | None = None) -> int: # exit status; Non
     add("--shard", action="store_true", help="of several processes each keeps only a share of the model (FSDP2)")
     return run_command(parser, train_series, arguments)
 
-# %% ../nbs/13_your_text.ipynb #4adbee62
+# %% ../nbs/13_your_text.ipynb #aa4c1759
 def patch_documents(args: argparse.Namespace) -> None: # of `blt_patch`
     "A line of JSON per document, with the lengths of its patches in bytes."
     blt = open_blt(args.model)
-    window = window_of(blt) if args.window is None else args.window
-    if window < 2: raise ValueError(f"--window is {window}; it must be at least 2 ids, BOS and a byte")
+    window = window_of(blt, args.window)
     for name, text in read_inputs(args.files, args.column):
         if args.show:
             print(f"{name}: {show_patches(text, blt)}")
@@ -244,11 +242,11 @@ def blt_generate(arguments: Sequence[str] | None = None) -> int: # exit status; 
     add("--json", action="store_true", help="a line of JSON for each prompt")
     return run_command(parser, write_documents, arguments)
 
-# %% ../nbs/13_your_text.ipynb #b49fd2b5
+# %% ../nbs/13_your_text.ipynb #3a516f32
 def score_documents(args: argparse.Namespace) -> None: # of `blt_eval`
     "A line of JSON for all documents, or for each."
     model = open_model(args.model)
-    window = window_of(model) if args.window is None else args.window
+    window = window_of(model, args.window)
     def score(name, texts):
         bpb = bits_per_byte(model, texts, window, stride=args.stride)
         emit(name=name, documents=len(texts), bytes=sum(map(len, texts)), bits_per_byte=bpb)

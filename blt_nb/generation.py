@@ -5,34 +5,35 @@
 # %% auto #0
 __all__ = ['State', 'Sampler', 'within', 'sample_bytes', 'generate', 'stream_text']
 
-# %% ../nbs/09_generation.ipynb #026899a8
-import codecs
-import math
+# %% ../nbs/09_generation.ipynb #557edd46
+import codecs, math
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .data import BOS_ID, EOS_ID, OFFSET, PAD_ID, check_ids, encode
+from .data import BOS_ID, EOS_ID, OFFSET, PAD_ID, encode
 from .model import BLT
 
-# %% ../nbs/09_generation.ipynb #fb7c55fc
+# %% ../nbs/09_generation.ipynb #367d8e2f
 class State:
     """Texts that a BLT has read so far, and what it takes to go on: the logits are those of a full forward pass, at the
-    cost of the new ids only. Rows don't influence each other. `ValueError` for a BLT without a patcher for each level."""
+    cost of the new ids only. Rows don't influence each other. `ValueError` for a BLT without a patcher per level."""
     def __init__(self,
         blt: BLT,
         texts: Sequence[Sequence[int]], # ids of each text, BOS first
     ):
+        if not len(texts) or not all(map(len, texts)):
+            raise ValueError("there is nothing to read; a text begins with BOS, encode(text, bos=True)")
         self.blt, device = blt, blt.head.weight.device
-        ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(t, dtype=torch.long) for t in texts], True, PAD_ID).to(device)
         lengths = torch.tensor([len(text) for text in texts], device=device)
-        if not len(lengths) or int(lengths.min()) < 1: raise ValueError("there is nothing to read; a text begins with BOS, encode(text, bos=True)")
+        ids = pad_sequence([torch.as_tensor(text, dtype=torch.long) for text in texts], True, PAD_ID).to(device)
         if len(blt.patchers) != len(blt.config.levels): blt.segment(ids) # says what is missing
         with torch.inference_mode():
             self.patchers, patches = [patcher.start(len(ids), device) for patcher in blt.patchers], []
-            for patcher, state in zip(blt.patchers, self.patchers): patches.append(patcher(ids, lengths, patches, state))
+            for patcher, state in zip(blt.patchers, self.patchers):
+                patches.append(patcher(ids, lengths, patches, state))
             self.level = blt.level.start(len(ids))
             self.level.lengths = lengths
             x = blt.level(*blt.embed_and_segment(ids, patches), self.level)
@@ -56,7 +57,7 @@ class State:
         self.logits = self.blt.logits(x)[:, 0]
         return self.logits
 
-# %% ../nbs/09_generation.ipynb #d3164021
+# %% ../nbs/09_generation.ipynb #80a7b772
 class Sampler:
     "Draws ids of bytes, or EOS. `ValueError` for settings out of range."
     def __init__(self,
@@ -66,11 +67,13 @@ class Sampler:
         seed: int | None = None,    # with equal seeds the draws are equal; None: PyTorch's global generator
     ):
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; take 0 for the likeliest byte each time, or a number such as 0.8")
-        if top_k is not None and top_k < 1: raise ValueError(f"top_k is {top_k}; it must be at least 1, or None to keep all")
+            raise ValueError(f"temperature is {temperature}; take 0 for the likeliest byte each time, or say 0.8")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1, or None to keep all")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1, or None to keep all")
-        if seed is not None and not -2**63 <= seed < 2**64: raise ValueError(f"seed is {seed}; it must fit into 64 bits")
+        if seed is not None and not -2**63 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must fit into 64 bits")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.random = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -93,19 +96,16 @@ class Sampler:
     ) -> int: # an id
         return int(torch.multinomial(self.probs(logits), 1, generator=self.random))
 
-# %% ../nbs/09_generation.ipynb #010d0e0b
-def within(
-    ids: list[int],      # of a text, BOS first
-    context: int | None, # most ids that are looked back on; None: no limit
-) -> list[int]: # BOS and the last `context // 2` ids of a text that is longer than the context, else all
-    "What is read of a text."
+# %% ../nbs/09_generation.ipynb #34d37741
+def within(ids: list[int], context: int | None) -> list[int]: # what is read of a text, given as ids with BOS first
+    "All of it, but of a text longer than the context only BOS and the last `context // 2` ids. None: no limit."
     return ids if context is None or len(ids) <= context else [BOS_ID, *ids[len(ids) - context // 2:]]
 
 def sample_bytes(
     blt: BLT,
-    texts: list[list[int]],   # ids of each, BOS first
-    samplers: list["Sampler"], # one per text
-    max_new_bytes: int,       # most bytes for each
+    texts: list[list[int]],     # ids of each, BOS first
+    samplers: list[Sampler],    # one per text
+    max_new_bytes: int,         # most bytes for each
     context: int | None = None, # see `within`
 ) -> Iterator[tuple[bytes, ...]]: # a byte of each text, empty where it has ended (EOS)
     "Write byte after byte, all texts at once."
@@ -121,35 +121,37 @@ def sample_bytes(
         if near != texts: texts, state = near, None # read the end of what is too long now once more
         else: state.push(torch.tensor(new))
 
+# %% ../nbs/09_generation.ipynb #1e23f81d
 def generate(
     blt: BLT,
-    prompt: str | bytes | Sequence[str | bytes], # what the text begins with, bytes need not be whole characters; or several
+    prompt: str | bytes | Sequence[str | bytes], # what the text begins with, perhaps inside a character; or several
     max_new_bytes: int = 200,   # most bytes to write; fewer if the model ends the text (EOS)
     temperature: float = 1.0,   # see `Sampler`; 0: the likeliest byte each time
     top_k: int | None = None,   # see `Sampler`
     top_p: float | None = None, # see `Sampler`
     seed: int | None = None,    # see `Sampler`
     stream: bool = False,       # return an iterator that yields bytes as they are written
-    context: int | None = None, # ids that the model looks back on at most, for example the window that it was trained with
-) -> str | list[str] | Iterator[bytes] | Iterator[tuple[bytes, ...]]: # what comes after the prompt, bytes that are not UTF-8 as "�"
+    context: int | None = None, # ids that the model looks back on at most, for example the window it was trained with
+) -> str | list[str] | Iterator[bytes] | Iterator[tuple[bytes, ...]]: # after the prompt; what isn't UTF-8 as "�"
     """Go on with a text, or with several, patch boundaries found as bytes arrive.
 
-    Several texts are written together, and each is what it would be alone, with a sampler of the same seed; streamed, they
-    come side by side. `TypeError` for a prompt that is neither str nor bytes nor a sequence of them, `ValueError` for a
-    negative length and a context below 2; errors as in `Sampler`, `State` and `blt_nb.data.to_bytes`."""
+    Several texts are written together, and each is what it would be alone, with a sampler of the same seed; streamed,
+    they come side by side. `TypeError` for a prompt that is neither str nor bytes nor a sequence of them, `ValueError`
+    for a negative length and a context below 2; errors as in `Sampler`, `State` and `blt_nb.data.to_bytes`."""
     one = isinstance(prompt, (str, bytes))
     prompts = [prompt] if one else list(prompt) if isinstance(prompt, Sequence) else None
     if prompts is None or not all(isinstance(p, (str, bytes)) for p in prompts):
         raise TypeError(f"prompt is {prompt!r:.60}; pass a str or bytes, or a list of them")
     if max_new_bytes < 0: raise ValueError(f"max_new_bytes is {max_new_bytes}; it must be at least 0")
-    if context is not None and context < 2: raise ValueError(f"context is {context}; it must be at least 2, BOS and a byte")
+    if context is not None and context < 2: raise ValueError(f"context is {context}; take at least 2, BOS and a byte")
     samplers = [Sampler(temperature, top_k, top_p, seed) for _ in prompts]
-    steps = sample_bytes(blt, [encode(p, bos=True).tolist() for p in prompts], samplers, max_new_bytes, context) if prompts else iter(())
+    texts = [encode(p, bos=True).tolist() for p in prompts]
+    steps = sample_bytes(blt, texts, samplers, max_new_bytes, context) if prompts else iter(())
     if stream: return (new for new, in steps) if one else steps
     written = [b"".join(text).decode("utf-8", "replace") for text in zip(*steps)] or [""] * len(prompts)
     return written[0] if one else written
 
-# %% ../nbs/09_generation.ipynb #7bb0e4cb
+# %% ../nbs/09_generation.ipynb #f506711b
 def stream_text(
     chunks: Iterable[bytes], # bytes as they come, for example generate(..., stream=True)
 ) -> Iterator[str]: # whole characters; bytes that can't become one are replaced by "�"

@@ -153,7 +153,7 @@ def train_next_patch_entropy_model(
     history["loss"] *= math.log(2) # `fit` gives bits
     return model.eval(), history
 
-# %% ../nbs/10_stacked.ipynb #bfd42933
+# %% ../nbs/10_stacked.ipynb #8f16e162
 class BackbonePatcher(ThresholdPatcher):
     """Cuts by what a frozen trained BLT makes of the text. Its innermost patches are the items that are cut, so one of
     n levels cuts at level n + 1. `ValueError` in `scores` unless `below` has the patches of all of its levels."""
@@ -168,8 +168,8 @@ class BackbonePatcher(ThresholdPatcher):
 
     def prepare(self, ids, lengths, below, state): # checks, and sets the lengths of the texts in the state to be filled
         if len(below) != len(self.backbone.config.levels):
-            raise ValueError(f"this {type(self).__name__} reads {len(self.backbone.config.levels)} levels of patches and "
-                             f"was given {len(below)}; pass those that its backbone cuts, below=model.segment(ids)")
+            raise ValueError(f"this {type(self).__name__} reads {len(self.backbone.config.levels)} levels of patches "
+                             f"and was given {len(below)}; pass those that its backbone cuts, below=model.segment(ids)")
         if state is None: return None
         state.memory["level"].lengths = torch.full_like(state.items, ids.shape[1]) if lengths is None else lengths
         return state.memory["level"]
@@ -309,14 +309,14 @@ class LengthPatcher(ThresholdPatcher):
         state.memory = torch.where(ends[-1], 0, length)
         return length.float()
 
-# %% ../nbs/10_stacked.ipynb #4dc97980
+# %% ../nbs/10_stacked.ipynb #8d7072b4
 def stack(
     blt: BLT,                   # trained; stays as it is
     patcher: Patcher,           # cuts its innermost patches, for example a `NoveltyPatcher`
     latent: TransformerConfig,  # of the new innermost transformer; its width is a multiple of the old one's
 ) -> BLT: # one level more; its logits are those of `blt` until it is trained
-    """Grow a level: the trained latent transformer becomes the encoder (the first half of its blocks) and the decoder (the
-    rest) of a new level.
+    """Grow a level: the trained latent transformer becomes the encoder (the first half of its blocks) and the decoder
+    (the rest) of a new level.
 
     What the new level says enters through projections that start at zero, so nothing changes at first. `ValueError` for
     a latent transformer of fewer than two blocks."""

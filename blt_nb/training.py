@@ -29,13 +29,13 @@ def next_id_loss(logits: Tensor, ids: Tensor) -> Tensor: # (B, T, 260) and (B, T
     "Mean cross-entropy of predicting each id from those before it; the first id (BOS) is given."
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
-# %% ../nbs/03_training.ipynb #0a5634ff
+# %% ../nbs/03_training.ipynb #5b009e7f
 def lr_factor(step: int, steps: int, warmup: int) -> float: # at a step from 0 to steps - 1: in 0..1
     "Linear warm-up over `warmup` steps, then half a cosine down to 5%."
     if step < warmup: return (step + 1) / warmup
     return 0.525 + 0.475 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
-# %% ../nbs/03_training.ipynb #95fdf779
+# %% ../nbs/03_training.ipynb #6a9ce954
 WIDTH = 128   # inputs of a matrix that learns at a run's learning rate
 TABLES = 16.0 # how much faster embedding tables learn
 
@@ -51,7 +51,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]: # for an 
         if p.requires_grad: groups.setdefault((weight_decay if matrix else 0.0, scale), []).append(p)
     return [dict(params=params, weight_decay=decay, scale=scale) for (decay, scale), params in groups.items()]
 
-# %% ../nbs/03_training.ipynb #2924e7fa
+# %% ../nbs/03_training.ipynb #1a5ea40b
 def fast_precision() -> str: # "bf16" if the processor has instructions for it, else "no"
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
@@ -66,7 +66,7 @@ def hardware() -> str: # what this runs on, for example "x86_64 CPU, 2 cores"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
-# %% ../nbs/03_training.ipynb #519791ff
+# %% ../nbs/03_training.ipynb #52d2b621
 def processes() -> accelerate.PartialState: # of `accelerate`: num_processes, is_main_process, device ...
     "Which of the processes that `torchrun` started we are; started alone, the only one. Without GPUs they use gloo."
     return accelerate.PartialState(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available())
@@ -74,7 +74,7 @@ def processes() -> accelerate.PartialState: # of `accelerate`: num_processes, is
 def my_part() -> tuple[int, int]: # number of this process, and of all, as `Loader.batch` takes it
     return processes().process_index, processes().num_processes
 
-# %% ../nbs/03_training.ipynb #b12a80b4
+# %% ../nbs/03_training.ipynb #7d6d0768
 def sharded(model: nn.Module) -> nn.Module: # a copy
     "A model whose trained weights are spread over all processes, block by block (FSDP2)."
     from torch.distributed.fsdp import fully_shard
@@ -98,14 +98,13 @@ def optimised(model: nn.Module, compile: bool, checkpoint_activations: bool) -> 
                 afterwards.callback(setattr, m, "_compiled_call_impl", None)
         with torch._dynamo.config.patch(recompile_limit=64): yield # for all the numbers of patches that come
 
-# %% ../nbs/03_training.ipynb #75b43429
 def progress_bar(*args, **kwargs) -> tqdm: # arguments as of tqdm
     "A progress bar; where there is neither a terminal nor a notebook, a line every half minute."
     if sys.stderr.isatty() or "ipykernel" in sys.modules: return tqdm(*args, leave=False, delay=1, **kwargs)
     line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go{postfix}\n"
     return tqdm(*args, bar_format=line, mininterval=30, maxinterval=60, delay=30, **kwargs)
 
-# %% ../nbs/03_training.ipynb #de6b7761
+# %% ../nbs/03_training.ipynb #5fc76207
 def plot_history(history: pd.DataFrame, ax=None, label: str = ""): # matplotlib axes; the run's name in the legend
     "Loss while training (faint, smoothed) and on the watched validation batches (dots), in bits per byte."
     import matplotlib.pyplot as plt
@@ -117,7 +116,7 @@ def plot_history(history: pd.DataFrame, ax=None, label: str = ""): # matplotlib 
     ax.legend()
     return ax
 
-# %% ../nbs/03_training.ipynb #b37a0289
+# %% ../nbs/03_training.ipynb #76d67e9d
 def checkpoints(folder: Path) -> list[Path]: # the complete ones of a run, the oldest first
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
@@ -254,7 +253,7 @@ def fit(
         signal.raise_signal(came[0] if came else signal.SIGINT)
     return pd.DataFrame(run.history)
 
-# %% ../nbs/03_training.ipynb #f4d2d00e
+# %% ../nbs/03_training.ipynb #2b2dfd06
 @torch.no_grad()
 def bits_per_byte(
     model: nn.Module, # called as model(ids), or model(ids, patches) if it has `segment`; returns logits (B, T, 260)
@@ -277,7 +276,7 @@ def bits_per_byte(
     if not count: raise ValueError("there is no text to score: 0 bytes")
     return nats / count / math.log(2)
 
-# %% ../nbs/03_training.ipynb #5157c907
+# %% ../nbs/03_training.ipynb #4a693ead
 def config_from_json(kind: type, values: dict, where: str | Path): # an instance of the dataclass `kind`
     "`ValueError` that says where the values come from if they are unknown, missing, or refused by the dataclass."
     try: return kind(**values)
@@ -325,15 +324,14 @@ class Pretrained(hf.ModelHubMixin):
             with torch.device("meta"): cls(config).load_state_dict({name: t.to("meta") for name, t in tensors.items()})
         except FileNotFoundError: raise
         except Exception as error: # whatever impossible sizes lead to
-            version = facts.get("version", "(unknown)")
-            raise ValueError(f"{weights}, saved by blt_nb {version}, doesn't fit {file.name} in blt_nb {__version__}; "
-                             f"use that version, or train again. {error}") from error
+            raise ValueError(f"{weights}, saved by blt_nb {facts.get('version')}, doesn't fit {file.name} in blt_nb "
+                             f"{__version__}; use that version, or train again. {error}") from error
         model = cls(config)
         model.load_state_dict(tensors)
         model.facts = facts
         return model.to(device, dtype).eval()
 
-# %% ../nbs/03_training.ipynb #e5bab768
+# %% ../nbs/03_training.ipynb #db12b2db
 COLUMNS = { # settings at the presets ci, laptop and gpu
     "data": dict(window=(128, 1024, 2048), batch_size=(4, 4, 48), valid_documents=(1, 2000, 2000),
         valid_length=(20_000, 10**6, 10**6)),
@@ -351,11 +349,11 @@ COLUMNS = { # settings at the presets ci, laptop and gpu
         latent_layers=(1, 1, 3), latent_heads=(2, 4, 8), mean_group=(4.5, 4.5, 4.5), max_group=(16, 16, 32),
         lr=(4e-3, 3e-3, 5e-3))}
 
-# %% ../nbs/03_training.ipynb #38cd7512
+# %% ../nbs/03_training.ipynb #daee603d
 PRESETS = {name: {row: {key: values[i] for key, values in settings.items()} for row, settings in COLUMNS.items()}
            for i, name in enumerate(("ci", "laptop", "gpu"))}
 
-# %% ../nbs/03_training.ipynb #a5a26f60
+# %% ../nbs/03_training.ipynb #8e76f3f0
 @dataclasses.dataclass(frozen=True)
 class Series:
     "Which sizes, which text, and where everything that is trained goes."
@@ -397,7 +395,7 @@ def load_splits() -> tuple[datasets.Dataset, datasets.Dataset]: # training and v
                              f"{data.window}: give more text, or take the preset 'ci'")
     return train, valid
 
-# %% ../nbs/03_training.ipynb #da8554f8
+# %% ../nbs/03_training.ipynb #630ec84a
 def folder_of(kind: str) -> Path: # `kind` is "checkpoints", "results" or "cache"
     "Where the running series keeps what it makes: its folder, else `data/`, or `data/cache/` for presets but `laptop`."
     folder, name = SERIES.get().folder, preset_name()
@@ -449,7 +447,7 @@ def load_or_train(stage: str, cls: type, train: Callable): # a trained model of 
         try:
             made = read_json(folder / "training.json").get("identity", {})
             if other := [key for key in identity if made.get(key) != identity[key]]:
-                raise ValueError(f"the checkpoint was made with another {' and '.join(other)}")
+                raise ValueError(f"the checkpoint was made with different {' and '.join(other)}")
             model = cls.from_pretrained(folder)
             we.print(f"{stage}: loaded the {preset_name()} checkpoint, trained on corpus {made['corpus']}")
             return model
