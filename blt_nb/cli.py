@@ -23,7 +23,7 @@ from .show import byte_spans, show_patches
 from .stacked import get_stacked
 from .training import PRESETS, Series, bits_per_byte, load_splits, my_part, series, stage_identity
 
-# %% ../nbs/13_your_text.ipynb #8deef0f2
+# %% ../nbs/13_your_text.ipynb #f1b7529a
 GET_STAGE = {"entropy": get_entropy_model, "blt-1": get_blt, "blt-2": get_stacked} # stages of `blt_train`, in order
 
 def run_command(parser: argparse.ArgumentParser, run: Callable, arguments: Sequence[str] | None) -> int: # exit status
@@ -51,6 +51,7 @@ def emit(**fields) -> None: # what JSON can hold
     def plain(value): return None if isinstance(value, float) and not math.isfinite(value) else value
     print(json.dumps({key: plain(value) for key, value in fields.items()}), flush=True)
 
+# %% ../nbs/13_your_text.ipynb #6ce55eae
 def standard_input() -> str: # all of it
     "`ValueError` if it is closed, isn't UTF-8 or is empty."
     if sys.stdin is None: raise ValueError("standard input is closed; name a file, or send text with a pipe")
@@ -84,7 +85,8 @@ def open_model(
                                 f"or ask for {folder / 'entropy'}")
     if stages: path = folder = folder / stages[-1]
     config = folder / "config.json"
-    if folder.is_dir() and not config.is_file(): raise FileNotFoundError(f"{path} is no saved model: no config.json in it")
+    if folder.is_dir() and not config.is_file():
+        raise FileNotFoundError(f"{path} is no saved model: there is no config.json in it")
     kind = EntropyModel if config.is_file() and "transformer" in read_json(config) else BLT
     return kind.from_pretrained(path, device="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -115,7 +117,7 @@ def parser_of(
         parser.add_argument("files", nargs="*", help=f"{reads}, files or folders; none, or '-': standard input")
     return parser
 
-# %% ../nbs/13_your_text.ipynb #24c637ae
+# %% ../nbs/13_your_text.ipynb #b34220ca
 def check_start(
     args: argparse.Namespace, # of `blt_train`
     corpus: str | Path,       # what is trained on
@@ -184,7 +186,7 @@ def blt_train(arguments: Sequence[str] | None = None) -> int: # exit status; Non
     add("--shard", action="store_true", help="of several processes each keeps only a share of the model (FSDP2)")
     return run_command(parser, train_series, arguments)
 
-# %% ../nbs/13_your_text.ipynb #aa4c1759
+# %% ../nbs/13_your_text.ipynb #be5515dd
 def patch_documents(args: argparse.Namespace) -> None: # of `blt_patch`
     "A line of JSON per document, with the lengths of its patches in bytes."
     blt = open_blt(args.model)
@@ -242,7 +244,7 @@ def blt_generate(arguments: Sequence[str] | None = None) -> int: # exit status; 
     add("--json", action="store_true", help="a line of JSON for each prompt")
     return run_command(parser, write_documents, arguments)
 
-# %% ../nbs/13_your_text.ipynb #3a516f32
+# %% ../nbs/13_your_text.ipynb #0d528a09
 def score_documents(args: argparse.Namespace) -> None: # of `blt_eval`
     "A line of JSON for all documents, or for each."
     model = open_model(args.model)
