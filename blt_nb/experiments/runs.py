@@ -8,7 +8,7 @@ __all__ = ['NOISES', 'Trial', 'digest', 'corpus_fingerprint', 'stream', 'device'
            'build_tokens', 'level_config', 'build_blt', 'build', 'noised', 'score_other_text', 'run_trial', 'work',
            'main']
 
-# %% ../../nbs/experiments/runs.ipynb #a41dd748
+# %% ../../nbs/experiments/runs.ipynb #b301cd6f
 import argparse, copy, dataclasses, hashlib, importlib, json, math, os, subprocess, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +29,8 @@ from ..model import BLT, BLTConfig, LevelConfig, PatchedLoader, ablate_latent
 from ..patching import EntropyPatcher, Patcher, SpacePatcher, StaticPatcher, calibrate, mean_length
 from ..stacked import (ControlPatcher, LastByteEntropyPatcher, LengthPatcher, NextPatchEntropyPatcher,
                             NoveltyPatcher, train_next_patch_entropy_model)
-from ..training import PRESETS, Series, bits_per_byte, fit, hardware, preset_name, round_bf16, series
+from ..training import (PRESETS, Series, bits_per_byte, fit, folder_of, hardware, preset_name, round_bf16,
+                             series)
 from ..transformer import TransformerConfig
 from .tokens import (TOKENS, TokenConfig, TokenModel, TokenStream, bpe_patcher,
                                        token_bits_per_byte, train_bpe)
@@ -83,14 +84,15 @@ def stream(corpus: str) -> ByteStream: return ByteStream(load_corpus(corpus))
 
 def device() -> torch.device: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../../nbs/experiments/runs.ipynb #11966383
+# %% ../../nbs/experiments/runs.ipynb #ee0e9657
 class Results:
     "A table in a CSV file, one row per trial. Several processes may add to it."
     def __init__(self,
         name: str,                  # of the table
-        folder: Path | None = None, # None: `data/results`
+        folder: Path | None = None, # None: `data/results`, at `ci` the cache
     ):
-        self.file = (folder or data_dir() / "results").resolve() / f"{name}.csv"
+        usual = folder_of("results") if preset_name() == "ci" else data_dir() / "results"
+        self.file = (folder or usual).resolve() / f"{name}.csv"
 
     def read(self) -> pd.DataFrame: # indexed by key; empty if there is no row yet
         "The rows so far."
@@ -342,7 +344,7 @@ def run_trial(
     row |= dict(all_seconds=round(time.perf_counter() - began, 1), version=__version__, torch=torch.__version__)
     return row | dict(hardware=hardware()), setup.model.eval()
 
-# %% ../../nbs/experiments/runs.ipynb #c966133b
+# %% ../../nbs/experiments/runs.ipynb #80b1ad77
 def work(
     trials: list[Trial],
     results: Results,
@@ -370,7 +372,7 @@ def main(
     parser.add_argument("table", help="a module of blt_nb.experiments with a function trials: evidence or second_level")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time; on several GPUs they take turns")
     parser.add_argument("--corpus", default="books", help="to train on: a file, a folder, or a dataset of the Hub")
-    parser.add_argument("--out", help="folder of the table; default: data/results")
+    parser.add_argument("--out", help="folder of the table; default: data/results, at ci the cache")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so many")
     given = parser.parse_args(arguments)
     if given.workers <= 1:
