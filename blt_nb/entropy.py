@@ -45,7 +45,7 @@ def ngram_hashes(
     last = F.pad(ids, (len(powers) - 1, 0)).unfold(1, len(powers), 1)[:, context:] # (B, T, longest n)
     return (last[..., None] * powers).sum(-2) % rows
 
-# %% ../nbs/04_entropy.ipynb #9db71e57
+# %% ../nbs/04_entropy.ipynb #4c166cb1
 @dataclass
 class NgramConfig:
     "Hash tables for n-grams of bytes. `ValueError` for impossible sizes."
@@ -56,8 +56,8 @@ class NgramConfig:
 
     def __post_init__(self):
         self.sizes = tuple(self.sizes)
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"n-gram sizes are {self.sizes}; give at least one, each at least 1, or ngrams=None")
+        if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > 64:
+            raise ValueError(f"n-gram sizes are {self.sizes}; give at least one, each in 1..64, or ngrams=None")
         if self.rows < 1: raise ValueError(f"rows is {self.rows}; a table needs at least one")
         if not 1 <= self.functions <= len(PRIMES):
             raise ValueError(f"functions is {self.functions}; it must be in 1..{len(PRIMES)}")

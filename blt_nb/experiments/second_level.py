@@ -8,11 +8,11 @@ __all__ = ['BUDGETS', 'RATES', 'RULES', 'BLOCKS', 'trials']
 # %% ../../nbs/experiments/second_level.ipynb #114949ae
 from .runs import Trial
 
-# %% ../../nbs/experiments/second_level.ipynb #62c663be
+# %% ../../nbs/experiments/second_level.ipynb #acb5f8df
 BUDGETS = {"ci": (5e8,), "laptop": (4.8e13,), "gpu": (2e15, 6e15, 1.8e16)} # training FLOPs, cutting included
 RATES = {"ci": 4e-3, "laptop": 3e-3, "gpu": 5e-3}
 RULES = ("novelty", "random", "every", "U", "punctuation", "length", "byte entropy")
-BLOCKS = {"ci": (2,), "laptop": (2, 3), "gpu": (3, 4, 5, 6)} # of the latent transformer, with one level
+BLOCKS = {"ci": (), "laptop": (2, 3), "gpu": (3, 4, 5, 6)} # of the latent transformer, with one level
 
 def trials(
     preset: str, # "ci", "laptop" or "gpu"
