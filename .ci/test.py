@@ -185,7 +185,8 @@ CHECKS = (modules_keep_to_their_budgets, code_fits_the_page, imports_go_upwards,
 def tree() -> dict[Path, int]:
     "The files of data/ and nbs/ that tests should leave alone, and when they were written."
     files = [path for folder in (ROOT / "data", NBS) for path in folder.rglob("*") if path.is_file()]
-    return {path: path.stat().st_mtime_ns for path in files if not {"cache", ".ipynb_checkpoints"} & {*path.parts}}
+    ignored = {"cache", ".ipynb_checkpoints", ".hypothesis"}
+    return {path: path.stat().st_mtime_ns for path in files if not ignored & {*path.parts}}
 
 
 def main() -> None:
