@@ -97,14 +97,13 @@ def documents(data: Texts) -> Iterator[bytes]: # of one document after the other
     if isinstance(data, (Dataset, IterableDataset)): data = (text for batch in data.iter(64) for text in batch["text"])
     return map(to_bytes, data)
 
-# %% ../nbs/01_data.ipynb #d821c42b
+# %% ../nbs/01_data.ipynb #3d7ef8bb
 COMPRESSORS = {"gzip": lambda data: gzip.compress(data, 9), "bzip2": lambda data: bz2.compress(data, 9),
                "xz": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)} # the strongest setting of each
 
 def compressed_bpb(data: Texts, method: str = "xz") -> float: # bits per byte
     "What a compressor (a key of `COMPRESSORS`) makes of all documents joined together."
-    joined = b"".join(documents(data))
-    return 8 * len(COMPRESSORS[method](joined)) / len(joined)
+    return 8 * len(COMPRESSORS[method](joined := b"".join(documents(data)))) / len(joined)
 
 # %% ../nbs/01_data.ipynb #db9228a3
 SPLITS = ("train", "valid")
@@ -125,7 +124,7 @@ def cut_text(text: str) -> tuple[str, str]: # for training and for validation
     at = text.rfind("\n", len(text) * 18 // 20, len(text) * 19 // 20) + 1 or len(text) * 19 // 20
     return text[:at], text[at:]
 
-# %% ../nbs/01_data.ipynb #2f21fcb9
+# %% ../nbs/01_data.ipynb #dd0428f6
 @contextlib.contextmanager
 def replacing(path: str | Path, folder: bool = False) -> Iterator[Path]: # where to write; it becomes `path` in the end
     "Write a file or folder whole or not at all: after an error the old one is still there. `OSError` names `path`."
@@ -148,8 +147,10 @@ def replacing(path: str | Path, folder: bool = False) -> Iterator[Path]: # where
 
 def read_json(file: str | Path) -> dict: # its content
     "A JSON object from a file that we wrote. `ValueError`, naming the file, for anything else."
-    try: return json.loads(user_path(file).read_text("utf-8")) | {} # a `TypeError` unless it is an object
-    except (ValueError, TypeError) as error: raise ValueError(f"{file} isn't a JSON object: {error}") from None
+    try: content = json.loads(user_path(file).read_text("utf-8"))
+    except (ValueError, RecursionError) as error: raise ValueError(f"{file} isn't JSON: {error}") from None
+    if isinstance(content, dict): return content
+    raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object belongs")
 
 def cached(name: str, write: Callable[[Path], None]) -> Path: # a folder
     "The folder `name` of the cache. If it isn't there, `write` fills it first. Errors as in `replacing`."
@@ -191,7 +192,7 @@ def file_rows(path: Path, name: str, column: str) -> Iterator[dict]:
             except json.JSONDecodeError as e: raise ValueError(f"{path}, line {number}, isn't JSON: {e}") from None
             for row in rows if isinstance(rows, list) else [rows]: yield row if isinstance(row, dict) else {column: row}
 
-# %% ../nbs/01_data.ipynb #4b73903a
+# %% ../nbs/01_data.ipynb #e9ab6667
 def read_documents(sources: Iterable[tuple[str, Iterable[dict]]], column: str) -> Iterator[tuple[str, str, str | None]]:
     "Name, text and split of the rows of (name, rows) pairs. `ValueError` for what can't be read or is no text."
     empty = 0
@@ -208,7 +209,7 @@ def read_documents(sources: Iterable[tuple[str, Iterable[dict]]], column: str) -
                 else: empty += 1
         except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"could not read {source}: {error}") from error
-    if empty: warnings.warn(f"left out {empty:,} empty documents")
+    if empty: warnings.warn(f"left out {empty:,} empty document{'s' * (empty > 1)}")
 
 def find_files(path: Path) -> dict[str, Path]: # name -> file, sorted; names don't depend on how `path` is written
     "The files of a corpus, all of one kind. `ValueError` if there are several kinds or none. Warns of those left out."
