@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LR_SCALE', 'LevelConfig', 'BLTConfig', 'LevelState', 'Level', 'BLT', 'training_flops', 'entropy_patcher',
-           'blt_config', 'select', 'join', 'PatchedLoader', 'mean_lengths', 'train_blt_stage', 'train_blt', 'get_blt',
-           'train_byte_model', 'ablate_latent']
+           'blt_config', 'round_up', 'select', 'join', 'PatchedLoader', 'mean_lengths', 'train_blt_stage', 'train_blt',
+           'get_blt', 'train_byte_model', 'ablate_latent']
 
 # %% ../nbs/08_blt.ipynb #6779067e
 import contextlib, copy, dataclasses, math
@@ -106,11 +106,14 @@ class Level(nn.Module):
         x: Tensor,                  # (B, T, d) items
         patches: Sequence[Patches], # this level's, then those inside
         state: LevelState | None = None, # from `start` with the rows' `lengths`, to be filled
+        states: list | None = None,      # gets what the innermost transformer says of its groups, (B, N, d_latent)
     ) -> Tensor: # (B, T, d): at each item what is known for predicting the next
         x, groups = self.encode(x, patches[0], state)
         inner, last = (state.inner, state.inner.lengths - 1) if state else (None, None)
-        if isinstance(self.inner, Level): groups = self.inner(groups, patches[1:], inner)
-        else: groups = self.inner(groups, inner)
+        if isinstance(self.inner, Level): groups = self.inner(groups, patches[1:], inner, states)
+        else:
+            groups = self.inner(groups, inner)
+            if states is not None: states.append(groups)
         keys_values = self.decoder.keys_values(groups)
         if state: state.visible = [kv[torch.arange(len(kv), device=kv.device), last][:, None] for kv in keys_values]
         return self.decoder(x, keys_values, patches[0].visible_patch, state and state.decoder)
@@ -120,12 +123,15 @@ class Level(nn.Module):
         ends: Sequence[Tensor], # of this level and those inside, (B,) bool: does a group end with it?
         state: LevelState,      # changed
         active: Tensor | None = None, # (B,) bool: rows that have a new item; what others get means nothing
+        states: list | None = None,   # as in `forward`, (B, 1, d_latent); stays empty where no innermost group ends
     ) -> Tensor: # (B, 1, d)
         "`forward` for one more item of each row."
         x, group, over = self.encode_step(x, ends[0], state, active)
         if group is not None:
-            if isinstance(self.inner, Level): group = self.inner.step(group, ends[1:], state.inner, over)
-            else: group = self.inner.step(group, state.inner, over)
+            if isinstance(self.inner, Level): group = self.inner.step(group, ends[1:], state.inner, over, states)
+            else:
+                group = self.inner.step(group, state.inner, over)
+                if states is not None: states.append(group)
             state.visible = [torch.where(over.view(-1, *[1] * (new.ndim - 1)), new, old)
                              for new, old in zip(self.decoder.keys_values(group), state.visible)]
         return self.decoder.step(x, state.visible, state.decoder, active)
@@ -156,20 +162,6 @@ class Level(nn.Module):
         groups = self.encoder.pool(state.open.flatten(0, 1), segments.flatten(), len(x) + 1)[:-1, None]
         state.count = torch.where(over, 0, state.count)
         return x, groups, over
-
-    def states(self, x: Tensor, patches: Sequence[Patches], state: LevelState | None = None) -> Tensor:
-        "What the innermost transformer makes of its groups, (B, N, d_latent): `forward` without decoding."
-        _, groups = self.encode(x, patches[0], state)
-        inner = state and state.inner
-        if isinstance(self.inner, Level): return self.inner.states(groups, patches[1:], inner)
-        return self.inner(groups, inner)
-
-    def states_step(self, x: Tensor, ends: Sequence[Tensor], state: LevelState, active: Tensor | None = None):
-        "`states` for one more item of each row, (B, 1, d_latent); None where no innermost group ends."
-        _, group, over = self.encode_step(x, ends[0], state, active)
-        if group is None: return None
-        if isinstance(self.inner, Level): return self.inner.states_step(group, ends[1:], state.inner, over)
-        return self.inner.step(group, state.inner, over)
 
     def start(self, rows: int) -> LevelState:
         "The state of so many rows before the first item, for `forward` or `states` to fill, or `step` to go on from."
@@ -240,7 +232,9 @@ class BLT(nn.Module, Pretrained):
 
     def states(self, ids: Tensor, patches: Sequence[Patches] | None = None) -> Tensor: # (B, N, d_latent)
         "Output of the innermost transformer: what the model expects after each innermost patch; see `forward`."
-        return self.level.states(*self.embed_and_segment(ids, patches))
+        states = []
+        self.level(*self.embed_and_segment(ids, patches), states=states)
+        return states[0]
 
     def without_patchers(self) -> "BLT": # frozen
         "A frozen copy for text that is cut already: the backbone of a patcher one level higher."
@@ -303,6 +297,9 @@ def blt_config() -> BLTConfig:
     return BLTConfig([LevelConfig(encoder, decoder)], latent, ngrams)
 
 # %% ../nbs/08_blt.ipynb #1b9358ab
+def round_up(n: int, ratio: float) -> int: # to a power of the ratio
+    return math.ceil(ratio ** math.ceil(math.log(max(n, 1), ratio)))
+
 def select(patches: Sequence[Patches], rows: Tensor, ratio: float = 1.0) -> list[Patches]: # one per level
     """Some rows (b,) of a segmentation, without the columns that only the others needed. A ratio above 1 rounds the
     number of columns up to a power of it, so that compiled code sees few shapes."""
@@ -311,7 +308,7 @@ def select(patches: Sequence[Patches], rows: Tensor, ratio: float = 1.0) -> list
         cut = [F.pad(t[rows, :width], (0, max(0, width - t.shape[1]))) for t in (p.starts, p.mask)]
         picked.append(Patches(*cut))
         most = picked[-1].most
-        if ratio > 1: picked[-1].most = math.ceil(ratio ** math.ceil(math.log(max(most, 1), ratio)))
+        if ratio > 1: picked[-1].most = round_up(most, ratio)
         width = picked[-1].prepare().most + 1
     return picked
 

@@ -325,6 +325,9 @@ class ThresholdPatcher(Patcher):
         above = torch.ones_like(now, dtype=torch.bool) if self.threshold is None else now > self.threshold
         return above if self.rise is None else above & (now - before > self.rise)
 
+    def measure(self, batches): # as `calibrate` has them
+        "What scores need to know of usual text, before a threshold is found."
+
     def to_dict(self): return super().to_dict() | {"threshold": self.threshold, "rise": self.rise}
 
 # %% ../nbs/05_patching.ipynb #106e5454
@@ -401,10 +404,10 @@ def calibrate(
     """Set the threshold such that patches of this data have the target's mean length, and print what was reached.
     Every batch is scored once. `TypeError` for a patcher without threshold; other errors as in `find_threshold`."""
     if not isinstance(patcher, ThresholdPatcher): raise TypeError(f"a {type(patcher).__name__} has no threshold")
-    scored = []
-    for batch in batches:
-        batch = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        with torch.no_grad(): scored.append((patcher.scores(*batch), level_items(*batch)[1]))
+    batches = [(batch,) if isinstance(batch, Tensor) else tuple(batch) for batch in batches]
+    with torch.no_grad():
+        patcher.measure(batches)
+        scored = [(patcher.scores(*batch), level_items(*batch)[1]) for batch in batches]
     value, mean = find_threshold(patcher, scored, target, rule)
     setattr(patcher, rule, value)
     print(f"{rule} {value:.4f}: mean length {mean:.3f} (target {target:g})")

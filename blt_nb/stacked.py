@@ -25,7 +25,8 @@ from .data import OFFSET, Loader
 from .entropy import entropy_of, hash_powers, ngram_hashes
 from .generation import State
 from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, get_blt, train_blt_stage, training_flops
-from .patching import EntropyPatcher, Patcher, Patches, ThresholdPatcher, calibrate, complete_items
+from .patching import (EntropyPatcher, Patcher, Patches, ThresholdPatcher, calibrate, complete_items,
+                             level_items)
 from .training import config_from_json, fit, load_or_train, load_splits, preset
 from .transformer import RMSNorm, TransformerConfig, init_linear
 
@@ -227,26 +228,80 @@ def novelty(
     return 1 - F.cosine_similarity(states.float(), before.float(), dim=-1)
 
 class NoveltyPatcher(BackbonePatcher):
-    "A second-order patch ends after a patch that has moved the latent state of a trained BLT far, see `novelty`."
+    """A second-order patch ends after a patch that has changed what a trained BLT expects.
+
+    Three signs of a change, each measured against its mean and spread on usual text: how far the latent state has
+    moved, how far the decoder's state at the last byte has moved (`novelty` of both, after the mean state is taken
+    off), and the patch's length in bytes (log). The score is their weighted sum."""
     kind = "novelty"
+    def __init__(self,
+        backbone: BLT,
+        threshold: float | None = None,
+        rise: float | None = None,
+        max_length: int | None = None,
+        mix: Sequence[float] = (1.0, 0.5, 0.5), # weights of the three signs; (1, 0, 0) for the latent state alone
+    ):
+        super().__init__(backbone, threshold, rise, max_length)
+        self.mix, config = tuple(mix), backbone.config
+        self.register_buffer("latent_mean", torch.zeros(config.latent.width)) # these by `calibrate`, on its text
+        self.register_buffer("byte_mean", torch.zeros(config.levels[0].encoder.width))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    def signs(self, latent, known, lengths, before): # states (..., d) of two kinds, bytes (...); states of the last patch
+        "The three signs (..., 3), as they are."
+        moved = [novelty(state - mean, old - mean) for state, old, mean in
+                 zip((latent, known), before, (self.latent_mean, self.byte_mean))]
+        return torch.stack([*moved, lengths.float().log()], -1)
+
+    def score(self, signs): return ((signs - self.mean) / self.std) @ signs.new_tensor(self.mix)
+
+    def read(self, ids, lengths, below, state): # latent states (B, N, d'), states of the decoder (B, N, d), bytes (B, N)
+        level, latent = self.prepare(ids, lengths, below, state), []
+        known = at_patch_ends(self.backbone.level(self.backbone.embed(ids), below, level, latent), below)
+        last = last_bytes(below)
+        return latent[0], known, last.diff(dim=1, prepend=last.new_full((len(last), 1), -1)).clamp(min=1)
+
+    def measure(self, batches):
+        read = [(*self.read(*batch, state=None), level_items(*batch)[1]) for batch in batches]
+        real = [torch.arange(known.shape[1], device=known.device) < items[:, None] for _, known, _, items in read]
+        for i, mean in enumerate((self.latent_mean, self.byte_mean)):
+            mean.copy_(torch.cat([parts[i][r] for parts, r in zip(read, real)]).mean(0))
+        signs = torch.cat([self.signs(*(x[:, 1:] for x in parts[:3]), [x[:, :-1] for x in parts[:2]])[r[:, 1:]]
+                           for parts, r in zip(read, real)])
+        self.mean.copy_(signs.mean(0))
+        self.std.copy_(signs.std(0).clamp(min=1e-3))
+
     def scores(self, ids, lengths=None, below=(), state=None):
-        level = self.prepare(ids, lengths, below, state)
-        states = self.backbone.level.states(self.backbone.embed(ids), below, level)
-        if state is not None:
-            last = (complete_items(level.lengths, below) - 1).clamp(min=0)
-            state.memory["before"] = states[torch.arange(len(states), device=states.device), last]
-        return novelty(states, F.pad(states, (0, 0, 1, 0))[:, :-1])
+        latent, known, length = self.read(ids, lengths, below, state)
+        before = [F.pad(x, (0, 0, 1, 0))[:, :-1] for x in (latent, known)]
+        if state is not None: # the last patch that is over, and the bytes since
+            items = torch.full_like(state.items, ids.shape[1]) if lengths is None else lengths
+            over = complete_items(items, below)
+            rows, last = torch.arange(len(ids), device=ids.device), (over - 1).clamp(min=0)
+            state.memory["before"] = [x[rows, last] for x in (latent, known)]
+            state.memory["length"] = items - F.pad(length.cumsum(1), (1, 0))[rows, over]
+        return self.score(self.signs(latent, known, length, before))
+
+    def start(self, rows, device=None):
+        state = super().start(rows, device)
+        zeros = [mean.new_zeros(rows, len(mean)) for mean in (self.latent_mean, self.byte_mean)]
+        state.memory |= {"before": zeros, "length": torch.zeros_like(state.items)}
+        return state
 
     def next_score(self, ids, ends, state):
-        states = self.backbone.level.states_step(self.backbone.embed.last(ids), ends, state.memory["level"])
-        if states is None: return torch.zeros_like(state.before)
-        before = state.memory.get("before", torch.zeros_like(states[:, 0]))
-        state.memory["before"] = torch.where(ends[-1][:, None], states[:, 0], before)
-        return novelty(states[:, 0], before)
+        memory, latent, end = state.memory, [], ends[-1][:, None]
+        known = self.backbone.level.step(self.backbone.embed.last(ids), ends, memory["level"], states=latent)[:, 0]
+        memory["length"] = length = memory["length"] + 1
+        if not latent: return torch.zeros_like(state.before)
+        now, before = (latent[0][:, 0], known), memory["before"]
+        memory["before"] = [torch.where(end, new, old) for new, old in zip(now, before)]
+        memory["length"] = torch.where(ends[-1], 0, length)
+        return self.score(self.signs(*now, length, before))
 
     def flops(self, mean_lengths, window):
-        parts = self.backbone.flops(mean_lengths, window)
-        return sum(parts[part] for part in parts if part.split()[0] in ("n-grams", "encoder", "pooling", "latent"))
+        return sum(flops for part, flops in self.backbone.flops(mean_lengths, window).items() if part != "head")
+    def to_dict(self): return super().to_dict() | {"mix": list(self.mix)}
 
 # %% ../nbs/10_stacked.ipynb #dcc237a8
 def hash_noise(

@@ -100,7 +100,7 @@ def score_boundaries(
         between = np.isin(word, text.starts["words"])
         frame = pd.DataFrame(dict(text=number, genre=text.genre, at=at, between_words=between, arcs=crossed))
         for unit in ("discourse units", "sentences", "paragraphs"): frame[unit] = np.isin(word, text.starts[unit])
-        frame[list(rules)] = np.array([found[i] for i in at]).reshape(len(at), -1)
+        frame[list(rules)] = np.array([found[i] for i in at]).reshape(len(at), len(rules))
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
@@ -120,12 +120,13 @@ def judge(
     boundaries: pd.DataFrame, # from `score_boundaries`
     rule: str,                # column of the scores
     every: float = 4.5,       # one boundary in so many is chosen, those that score highest
+    chance: pd.DataFrame | None = None, # boundaries that they are compared with; None: all of them
 ) -> dict[str, float]: # AUC, lift, precision, recall and F1 for each unit; arcs; share between words
     """How well a rule's boundaries fall where units start.
 
     Lift: share of the chosen boundaries that are at a unit's start, over that of all. Arcs: mean number of dependency
     arcs that a chosen boundary between words crosses, over that of all: below 1 it lies between phrases."""
-    b, scores = boundaries, boundaries[rule].to_numpy()
+    b, scores, chance = boundaries, boundaries[rule].to_numpy(), boundaries if chance is None else chance
     noise = np.random.default_rng(0).random(len(b)) # decides among equal scores
     chosen = np.zeros(len(b), dtype=bool)
     chosen[np.lexsort((noise, scores))[::-1][:round(len(b) / every)]] = True
@@ -135,24 +136,24 @@ def judge(
         if not hits.any(): continue
         precision, recall = hits[chosen].mean(), hits[chosen].sum() / hits.sum()
         f1 = 2 * precision * recall / (precision + recall) if precision else 0.0
-        figures = {"AUC": auc(scores, hits), "lift": precision / hits.mean(), "precision": precision, "recall": recall}
+        figures = {"AUC": auc(scores, hits), "lift": precision / chance[unit].mean(), "precision": precision, "recall": recall}
         result |= {f"{name} {unit}": value for name, value in (figures | {"F1": f1}).items()}
     inside = b.between_words.to_numpy()
-    arcs = b.arcs[chosen & inside].mean() / b.arcs[inside].mean() if b.arcs.any() else float("nan")
+    arcs = b.arcs[chosen & inside].mean() / chance.arcs[chance.between_words].mean() if b.arcs.any() else float("nan")
     return result | {"arcs": arcs, "between words": inside[chosen].mean()}
 
 def bootstrap(
     boundaries: pd.DataFrame, # from `score_boundaries`
     rule: str,
-    every: float = 4.5, # see `judge`
+    every: float = 4.5, chance: pd.DataFrame | None = None, # see `judge`
     rounds: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame: # for each figure of `judge` the value, and the 2.5% and 97.5% quantiles
     "Intervals over texts: judge samples of them, drawn with replacement."
     random, parts = np.random.default_rng(seed), [part for _, part in boundaries.groupby("text")]
     def draw(): return pd.concat([parts[i] for i in random.integers(len(parts), size=len(parts))])
-    drawn = [judge(draw(), rule, every) for _ in range(rounds)]
+    drawn = [judge(draw(), rule, every, chance) for _ in range(rounds)]
     table = pd.DataFrame(drawn).quantile([0.025, 0.975]).T
     table.columns = ["low", "high"]
-    table.insert(0, "value", pd.Series(judge(boundaries, rule, every)))
+    table.insert(0, "value", pd.Series(judge(boundaries, rule, every, chance)))
     return table
