@@ -24,7 +24,7 @@ from ..training import hardware, preset_name
 from ..units import bootstrap, read_conllu, score_boundaries
 
 # %% ../../nbs/experiments/second_level.ipynb #acb5f8df
-BUDGETS = {"ci": (5e8,), "laptop": (4.8e13,), "gpu": (7e14, 2e15, 6e15)} # training FLOPs, cutting included
+BUDGETS = {"ci": (5e8,), "laptop": (4.8e13,), "gpu": (2e15, 6e15, 1.8e16)} # training FLOPs, cutting included
 RATES = {"ci": 4e-3, "laptop": 3e-3, "gpu": 5e-3}
 WINDOW = {"ci": None, "laptop": None, "gpu": 4096} # ids read together; None: the preset's
 RULES = ("novelty", "random", "own novelty", "every", "U", "router", "punctuation", "length", "byte entropy")
@@ -33,22 +33,22 @@ BLOCKS = {"ci": (), "laptop": (2, 3), "gpu": (4, 5, 6, 3)} # of the latent trans
 def trials(
     preset: str, # "ci", "laptop" or "gpu"
 ) -> list[Trial]: # what matters most comes first
-    "Two levels by each rule, one level, three levels: at the largest budget with three seeds, then at the others."
+    "Two levels by each rule, one level, three levels: the rivals that matter with three seeds, the largest budget first."
     made, budgets, seeds = [], sorted(BUDGETS[preset], reverse=True), (0,) if preset == "ci" else (0, 1, 2)
+    deep = ("stacked.encoder_layers", 1), ("stacked.latent_layers", 8) # blocks moved inwards, for the same FLOPs
     def add(part, flops, seed, levels=(), sizes=()):
         made.append(Trial("blt", flops, RATES[preset], seed, part, preset, window=WINDOW[preset], levels=levels, sizes=sizes))
     def compare(flops, rules, blocks, seeds):
         for seed in seeds:
             for n in blocks: add("one level", flops, seed, sizes=(("latent_layers", n),))
             for rule in rules: add("two levels", flops, seed, (rule,))
-    deep = ("stacked.encoder_layers", 1), ("stacked.latent_layers", 8) # blocks moved inwards, for the same FLOPs
     if preset == "ci": compare(budgets[0], RULES[:3], (), seeds)
     else:
-        for rules, blocks in ((RULES[:4], BLOCKS[preset][:2]), (RULES[4:6], ())): compare(budgets[0], rules, blocks, seeds)
-    add("two levels, deeper inside", budgets[0], 0, ("own novelty",), deep)
+        for rules, blocks in ((RULES[:4], BLOCKS[preset][:2]), (RULES[4:6], ())):
+            for flops in budgets: compare(flops, rules, blocks, seeds)
     add("three levels", budgets[0], 0, ("novelty", "novelty"))
     if preset != "ci":
-        for flops in budgets[1:]: compare(flops, RULES[:6], BLOCKS[preset][:2], seeds[:1])
+        add("two levels, deeper inside", budgets[0], 0, ("own novelty",), deep)
         compare(budgets[0], RULES[6:], BLOCKS[preset][2:], seeds[:1])
     return made
 
