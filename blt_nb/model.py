@@ -106,14 +106,11 @@ class Level(nn.Module):
         x: Tensor,                  # (B, T, d) items
         patches: Sequence[Patches], # this level's, then those inside
         state: LevelState | None = None, # from `start` with the rows' `lengths`, to be filled
-        states: list | None = None,      # gets what the innermost transformer says of its groups, (B, N, d_latent)
     ) -> Tensor: # (B, T, d): at each item what is known for predicting the next
         x, groups = self.encode(x, patches[0], state)
         inner, last = (state.inner, state.inner.lengths - 1) if state else (None, None)
-        if isinstance(self.inner, Level): groups = self.inner(groups, patches[1:], inner, states)
-        else:
-            groups = self.inner(groups, inner)
-            if states is not None: states.append(groups)
+        if isinstance(self.inner, Level): groups = self.inner(groups, patches[1:], inner)
+        else: groups = self.inner(groups, inner)
         keys_values = self.decoder.keys_values(groups)
         if state: state.visible = [kv[torch.arange(len(kv), device=kv.device), last][:, None] for kv in keys_values]
         return self.decoder(x, keys_values, patches[0].visible_patch, state and state.decoder)
@@ -123,15 +120,12 @@ class Level(nn.Module):
         ends: Sequence[Tensor], # of this level and those inside, (B,) bool: does a group end with it?
         state: LevelState,      # changed
         active: Tensor | None = None, # (B,) bool: rows that have a new item; what others get means nothing
-        states: list | None = None,   # as in `forward`, (B, 1, d_latent); stays empty where no innermost group ends
     ) -> Tensor: # (B, 1, d)
         "`forward` for one more item of each row."
         x, group, over = self.encode_step(x, ends[0], state, active)
         if group is not None:
-            if isinstance(self.inner, Level): group = self.inner.step(group, ends[1:], state.inner, over, states)
-            else:
-                group = self.inner.step(group, state.inner, over)
-                if states is not None: states.append(group)
+            if isinstance(self.inner, Level): group = self.inner.step(group, ends[1:], state.inner, over)
+            else: group = self.inner.step(group, state.inner, over)
             state.visible = [torch.where(over.view(-1, *[1] * (new.ndim - 1)), new, old)
                              for new, old in zip(self.decoder.keys_values(group), state.visible)]
         return self.decoder.step(x, state.visible, state.decoder, active)
@@ -162,6 +156,20 @@ class Level(nn.Module):
         groups = self.encoder.pool(state.open.flatten(0, 1), segments.flatten(), len(x) + 1)[:-1, None]
         state.count = torch.where(over, 0, state.count)
         return x, groups, over
+
+    def states(self, x: Tensor, patches: Sequence[Patches], state: LevelState | None = None) -> Tensor:
+        "What the innermost transformer makes of its groups, (B, N, d_latent): `forward` without decoding."
+        _, groups = self.encode(x, patches[0], state)
+        inner = state and state.inner
+        if isinstance(self.inner, Level): return self.inner.states(groups, patches[1:], inner)
+        return self.inner(groups, inner)
+
+    def states_step(self, x: Tensor, ends: Sequence[Tensor], state: LevelState, active: Tensor | None = None):
+        "`states` for one more item of each row, (B, 1, d_latent); None where no innermost group ends."
+        _, group, over = self.encode_step(x, ends[0], state, active)
+        if group is None: return None
+        if isinstance(self.inner, Level): return self.inner.states_step(group, ends[1:], state.inner, over)
+        return self.inner.step(group, state.inner, over)
 
     def start(self, rows: int) -> LevelState:
         "The state of so many rows before the first item, for `forward` or `states` to fill, or `step` to go on from."
@@ -232,9 +240,7 @@ class BLT(nn.Module, Pretrained):
 
     def states(self, ids: Tensor, patches: Sequence[Patches] | None = None) -> Tensor: # (B, N, d_latent)
         "Output of the innermost transformer: what the model expects after each innermost patch; see `forward`."
-        states = []
-        self.level(*self.embed_and_segment(ids, patches), states=states)
-        return states[0]
+        return self.level.states(*self.embed_and_segment(ids, patches))
 
     def without_patchers(self) -> "BLT": # frozen
         "A frozen copy for text that is cut already: the backbone of a patcher one level higher."

@@ -230,78 +230,67 @@ def novelty(
 class NoveltyPatcher(BackbonePatcher):
     """A second-order patch ends after a patch that has changed what a trained BLT expects.
 
-    Three signs of a change, each measured against its mean and spread on usual text: how far the latent state has
-    moved, how far the decoder's state at the last byte has moved (`novelty` of both, after the mean state is taken
-    off), and the patch's length in bytes (log). The score is their weighted sum."""
+    Two signs of that, each measured against its mean and spread on usual text: how far the latent state has moved
+    (`novelty`, after the mean state is taken off), and how many bytes the patch had (log). The score adds them up."""
     kind = "novelty"
     def __init__(self,
         backbone: BLT,
         threshold: float | None = None,
         rise: float | None = None,
         max_length: int | None = None,
-        mix: Sequence[float] = (1.0, 0.5, 0.5), # weights of the three signs; (1, 0, 0) for the latent state alone
+        length: float = 1.0, # weight of the patch's length; 0: the latent state alone
     ):
         super().__init__(backbone, threshold, rise, max_length)
-        self.mix, config = tuple(mix), backbone.config
-        self.register_buffer("latent_mean", torch.zeros(config.latent.width)) # these by `calibrate`, on its text
-        self.register_buffer("byte_mean", torch.zeros(config.levels[0].encoder.width))
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("std", torch.ones(3))
+        self.length, width = length, backbone.config.latent.width
+        for name, size in dict(mean_state=width, mean=2, std=2).items(): # `calibrate` sets them
+            self.register_buffer(name, torch.ones(size) if name == "std" else torch.zeros(size))
 
-    def signs(self, latent, known, lengths, before): # states (..., d) of two kinds, bytes (...); states of the last patch
-        "The three signs (..., 3), as they are."
-        moved = [novelty(state - mean, old - mean) for state, old, mean in
-                 zip((latent, known), before, (self.latent_mean, self.byte_mean))]
-        return torch.stack([*moved, lengths.float().log()], -1)
+    def signs(self, states, before, lengths): # (..., d), those before them, bytes (...) -> (..., 2)
+        return torch.stack([novelty(states - self.mean_state, before - self.mean_state), lengths.float().log()], -1)
 
-    def score(self, signs): return ((signs - self.mean) / self.std) @ signs.new_tensor(self.mix)
+    def score(self, signs): return (signs - self.mean) / self.std @ signs.new_tensor([1.0, self.length])
 
-    def read(self, ids, lengths, below, state): # latent states (B, N, d'), states of the decoder (B, N, d), bytes (B, N)
-        level, latent = self.prepare(ids, lengths, below, state), []
-        known = at_patch_ends(self.backbone.level(self.backbone.embed(ids), below, level, latent), below)
+    def read(self, ids, lengths, below, state): # states of the patches (B, N, d), and their bytes (B, N)
+        states = self.backbone.level.states(self.backbone.embed(ids), below, self.prepare(ids, lengths, below, state))
         last = last_bytes(below)
-        return latent[0], known, last.diff(dim=1, prepend=last.new_full((len(last), 1), -1)).clamp(min=1)
+        return states, last.diff(dim=1, prepend=last.new_full((len(last), 1), -1)).clamp(min=1)
 
     def measure(self, batches):
         read = [(*self.read(*batch, state=None), level_items(*batch)[1]) for batch in batches]
-        real = [torch.arange(known.shape[1], device=known.device) < items[:, None] for _, known, _, items in read]
-        for i, mean in enumerate((self.latent_mean, self.byte_mean)):
-            mean.copy_(torch.cat([parts[i][r] for parts, r in zip(read, real)]).mean(0))
-        signs = torch.cat([self.signs(*(x[:, 1:] for x in parts[:3]), [x[:, :-1] for x in parts[:2]])[r[:, 1:]]
-                           for parts, r in zip(read, real)])
+        real = [torch.arange(1, x.shape[1], device=x.device) < items[:, None] for x, _, items in read] # but BOS
+        self.mean_state.copy_(torch.cat([x[:, 1:][r] for (x, _, _), r in zip(read, real)]).mean(0))
+        signs = torch.cat([self.signs(x[:, 1:], x[:, :-1], n[:, 1:])[r] for (x, n, _), r in zip(read, real)])
         self.mean.copy_(signs.mean(0))
         self.std.copy_(signs.std(0).clamp(min=1e-3))
 
     def scores(self, ids, lengths=None, below=(), state=None):
-        latent, known, length = self.read(ids, lengths, below, state)
-        before = [F.pad(x, (0, 0, 1, 0))[:, :-1] for x in (latent, known)]
+        states, length = self.read(ids, lengths, below, state)
         if state is not None: # the last patch that is over, and the bytes since
             items = torch.full_like(state.items, ids.shape[1]) if lengths is None else lengths
-            over = complete_items(items, below)
-            rows, last = torch.arange(len(ids), device=ids.device), (over - 1).clamp(min=0)
-            state.memory["before"] = [x[rows, last] for x in (latent, known)]
+            rows, over = torch.arange(len(ids), device=ids.device), complete_items(items, below)
+            state.memory["before"] = states[rows, (over - 1).clamp(min=0)]
             state.memory["length"] = items - F.pad(length.cumsum(1), (1, 0))[rows, over]
-        return self.score(self.signs(latent, known, length, before))
+        return self.score(self.signs(states, F.pad(states, (0, 0, 1, 0))[:, :-1], length))
 
     def start(self, rows, device=None):
         state = super().start(rows, device)
-        zeros = [mean.new_zeros(rows, len(mean)) for mean in (self.latent_mean, self.byte_mean)]
-        state.memory |= {"before": zeros, "length": torch.zeros_like(state.items)}
+        state.memory |= {"before": self.mean_state.new_zeros(rows, len(self.mean_state)), "length": torch.zeros_like(state.items)}
         return state
 
     def next_score(self, ids, ends, state):
-        memory, latent, end = state.memory, [], ends[-1][:, None]
-        known = self.backbone.level.step(self.backbone.embed.last(ids), ends, memory["level"], states=latent)[:, 0]
-        memory["length"] = length = memory["length"] + 1
-        if not latent: return torch.zeros_like(state.before)
-        now, before = (latent[0][:, 0], known), memory["before"]
-        memory["before"] = [torch.where(end, new, old) for new, old in zip(now, before)]
+        memory = state.memory
+        states = self.backbone.level.states_step(self.backbone.embed.last(ids), ends, memory["level"])
+        length, before = memory["length"] + 1, memory["before"]
         memory["length"] = torch.where(ends[-1], 0, length)
-        return self.score(self.signs(*now, length, before))
+        if states is None: return torch.zeros_like(state.before)
+        memory["before"] = torch.where(ends[-1][:, None], states[:, 0], before)
+        return self.score(self.signs(states[:, 0], before, length))
 
     def flops(self, mean_lengths, window):
-        return sum(flops for part, flops in self.backbone.flops(mean_lengths, window).items() if part != "head")
-    def to_dict(self): return super().to_dict() | {"mix": list(self.mix)}
+        parts = self.backbone.flops(mean_lengths, window)
+        return sum(parts[part] for part in parts if part.split()[0] in ("n-grams", "encoder", "pooling", "latent"))
+
+    def to_dict(self): return super().to_dict() | {"length": self.length}
 
 # %% ../nbs/10_stacked.ipynb #dcc237a8
 def hash_noise(

@@ -52,7 +52,7 @@ class SelfCuttingLevel(Level):
         def signs(): # how far the state has moved, and how long the patch is
             centred = x - self.mean_state
             return torch.stack([novelty(centred[:, 1:], centred[:, :-1]), length[:, 1:]], -1)
-        def score(signs): return (signs - self.mean) / self.std.clamp(min=1e-3) @ signs.new_tensor([1.0, 0.5])
+        def score(signs): return (signs - self.mean) / self.std.clamp(min=1e-3) @ signs.new_tensor([1.0, 1.0])
         before = score(signs()) - self.threshold
         if self.training:
             self.batches += 1
@@ -69,7 +69,7 @@ class SelfCuttingLevel(Level):
         self.ratio_loss = n / (n - 1) * ((n - 1) * cut * p[real].mean() + (1 - cut) * (1 - p[real].mean()))
         return p.float()
 
-    def forward(self, x, patches, state=None, states=None):
+    def forward(self, x, patches, state=None):
         assert state is None, "a level that cuts itself has no incremental form yet"
         x, given = self.encoder.transformer(x), patches[0]
         real = given.item_mask[:, :x.shape[1]]
@@ -81,7 +81,6 @@ class SelfCuttingLevel(Level):
         rows = (own.groups + bins * torch.arange(len(x), device=x.device)[:, None]).flatten()
         groups = self.encoder.pool(x.flatten(0, 1), rows, len(x) * bins).unflatten(0, (len(x), bins))[:, :-1]
         inner = self.inner(groups)
-        if states is not None: states.append(inner)
         if self.learned: inner = smooth(inner, p.gather(1, own.last_items))
         return self.decoder(x, self.decoder.keys_values(inner), own.visible_patch)
 
@@ -124,9 +123,8 @@ class BayesianSurprisePatcher(BackbonePatcher):
         nn.init.zeros_(self.head.bias)
 
     def beliefs(self, ids, below, state=None): # (B, N, BUCKETS) log-probabilities
-        states = []
-        with torch.no_grad(): self.backbone.level(self.backbone.embed(ids), below, state, states)
-        return self.head(states[0].float()).log_softmax(-1)
+        with torch.no_grad(): states = self.backbone.level.states(self.backbone.embed(ids), below, state)
+        return self.head(states.float()).log_softmax(-1)
 
     def forward_loss(self, ids, below): # nats per word ahead
         words, real = (x.to(ids.device) for x in words_ahead(ids, last_bytes(below)))
@@ -141,10 +139,10 @@ class BayesianSurprisePatcher(BackbonePatcher):
         return surprise(now, F.pad(now, (0, 0, 1, 0))[:, :-1])
 
     def next_score(self, ids, ends, state):
-        states, memory = [], state.memory
-        self.backbone.level.step(self.backbone.embed.last(ids), ends, memory["level"], states=states)
-        if not states: return torch.zeros_like(state.before)
-        now = self.head(states[0][:, 0].float()).log_softmax(-1)
+        memory = state.memory
+        states = self.backbone.level.states_step(self.backbone.embed.last(ids), ends, memory["level"])
+        if states is None: return torch.zeros_like(state.before)
+        now = self.head(states[:, 0].float()).log_softmax(-1)
         before = memory.get("before", torch.zeros_like(now))
         memory["before"] = torch.where(ends[-1][:, None], now, before)
         return surprise(now, before)

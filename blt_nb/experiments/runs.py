@@ -189,7 +189,7 @@ def group_patcher(
     elif rule == "byte entropy":
         patcher = LastByteEntropyPatcher(copy.deepcopy(entropy_model(trial.preset, trial.corpus)), max_length=longest)
     elif rule == "length": patcher = LengthPatcher(max_length=longest)
-    elif rule == "Bayesian surprise": patcher = train_surprise(base, loader, h["steps"], h["lr"], longest)
+    elif rule == "Bayesian surprise": patcher = train_surprise(base, loader, h["steps"], 10 * h["lr"], longest)
     else: patcher = ControlPatcher(rule, max_length=longest)
     batches = [(ids.to(device()), None, [q.to(device()) for q in cuts]) for ids, cuts in map(loader.batch, range(8))]
     return calibrate(patcher.to(device()), batches, mean)
