@@ -3,9 +3,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 1
 
-.PHONY: help setup series outputs html test bench experiments lab readme docs
+.PHONY: help setup try series outputs html test bench experiments lab readme docs
 
 help:
+	@echo "make try          what a trained model makes of a text: TEXT='your own', or an example; nothing is trained"
 	@echo "make series       run the notebooks in order, train what isn't trained yet, end with a table of results"
 	@echo "                  (BLT_PRESET=ci for toy sizes, laptop by default, gpu for a large GPU)"
 	@echo "make test         every check, and every notebook at BLT_PRESET=ci"
@@ -29,6 +30,11 @@ setup: .venv/.ready
 	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "blt_nb needs Python 3.11 to 3.13, and .venv has %d.%d: remove .venv, then make PYTHON=python3.12" % v)'
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/.ready
+
+# A text reaches the command as it is, whatever the shell would make of it.
+try: export BLT_TEXT = $(value TEXT)
+try: setup
+	@$(PY) -m blt_nb.cli try $(if $(value TEXT),-- "$$BLT_TEXT")
 
 series: setup
 	@$(PY) .ci/notebooks.py series

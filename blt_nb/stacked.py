@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'last_bytes', 'at_patch_ends', 'next_patch_entropies', 'sample_next_patch_entropy', 'NextPatchEntropyHead',
-           'NextPatchEntropyModel', 'train_next_patch_entropy_model', 'BackbonePatcher', 'NextPatchEntropyPatcher',
-           'novelty', 'NoveltyPatcher', 'hash_noise', 'punctuation', 'ControlPatcher', 'LastByteEntropyPatcher',
-           'LengthPatcher', 'stack', 'stacked_config', 'second_level_patcher', 'train_stacked', 'get_stacked']
+           'NextPatchEntropyModel', 'train_next_patch_entropy_model', 'get_next_patch_entropy_model', 'BackbonePatcher',
+           'NextPatchEntropyPatcher', 'novelty', 'NoveltyPatcher', 'hash_noise', 'punctuation', 'ControlPatcher',
+           'LastByteEntropyPatcher', 'LengthPatcher', 'stack', 'stacked_config', 'next_level_patcher', 'train_stacked',
+           'get_stacked']
 
 # %% ../nbs/10_stacked.ipynb #40020168
-import copy
-import dataclasses
-import math
+import copy, dataclasses, hashlib, json, math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import pandas as pd
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import pandas as pd, torch, torch.nn as nn, torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data import OFFSET, Loader
+from .data import OFFSET, Loader, cached
 from .entropy import entropy_of, hash_powers, ngram_hashes
 from .generation import State
 from .model import BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, get_blt, train_blt_stage, training_flops
@@ -154,6 +151,20 @@ def train_next_patch_entropy_model(
     history["loss"] *= math.log(2) # `fit` gives bits
     return model.eval(), history
 
+def get_next_patch_entropy_model() -> tuple[NextPatchEntropyModel, pd.DataFrame]: # and its history
+    "The running preset's head on its one-level BLT, from the cache, else trained."
+    blt, data, p = get_blt(), preset("data"), preset("head")
+    def train(folder):
+        loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed=2), blt.segment, pool=8)
+        model, history = train_next_patch_entropy_model(blt, loader, p.hidden, p.steps, p.lr)
+        save_file(model.head.state_dict(), folder / "head.safetensors")
+        history.to_csv(folder / "history.csv", index=False)
+    weights = blt.head.weight.detach().numpy().tobytes() + json.dumps(vars(p)).encode()
+    folder = cached(f"head-{hashlib.sha256(weights).hexdigest()[:16]}", train)
+    head = NextPatchEntropyHead(blt.config.levels[0].encoder.width, p.hidden)
+    head.load_state_dict(load_file(folder / "head.safetensors"))
+    return NextPatchEntropyModel(blt.without_patchers(), head).eval(), pd.read_csv(folder / "history.csv")
+
 # %% ../nbs/10_stacked.ipynb #8f16e162
 class BackbonePatcher(ThresholdPatcher):
     """Cuts by what a frozen trained BLT makes of the text. Its innermost patches are the items that are cut, so one of
@@ -274,7 +285,8 @@ class NoveltyPatcher(BackbonePatcher):
 
     def start(self, rows, device=None):
         state = super().start(rows, device)
-        state.memory |= {"before": self.mean_state.new_zeros(rows, len(self.mean_state)), "length": torch.zeros_like(state.items)}
+        before = self.mean_state.new_zeros(rows, len(self.mean_state))
+        state.memory |= {"before": before, "length": torch.zeros_like(state.items)}
         return state
 
     def next_score(self, ids, ends, state):
@@ -395,14 +407,14 @@ def stacked_config() -> BLTConfig:
     latent = TransformerConfig(width=p.latent_width, layers=p.latent_layers, heads=p.latent_heads)
     return BLTConfig([*one.levels, level], latent, one.ngrams)
 
-def second_level_patcher(
+def next_level_patcher(
     blt: BLT,      # trained, any number of levels, with its patchers
     seed: int = 2, # of the text
 ) -> NoveltyPatcher: # calibrated to the running preset's mean length on training text
-    "What cuts the patches of a trained BLT: its own novelty."
+    "What cuts the innermost patches of a trained BLT into larger ones: how far they move it."
     data, p = preset("data"), preset("stacked")
     loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed), blt.segment)
-    batches = ((ids, None, patches) for ids, patches in map(loader.batch, range(32)))
+    batches = ((ids, None, patches) for ids, patches in map(loader.batch, range(16)))
     return calibrate(NoveltyPatcher(blt.without_patchers(), max_length=p.max_group), batches, p.mean_group)
 
 def train_stacked(
@@ -412,7 +424,7 @@ def train_stacked(
 
     It sees the text of the one-level model in the same order, and spends as many training FLOPs, cutting included."""
     blt, data, p = get_blt(), preset("data"), preset("stacked")
-    patcher = second_level_patcher(blt)
+    patcher = next_level_patcher(blt)
     torch.manual_seed(seed)
     model = BLT(stacked_config(), [*copy.deepcopy(blt.patchers), patcher])
     lengths = [preset("blt").mean_patch, p.mean_group]

@@ -99,11 +99,12 @@ BUCKETS, AHEAD = 4096, 256 # that words are hashed to; bytes that are foreseen
 def words_ahead(
     ids: Tensor,  # (B, T)
     last: Tensor, # (B, N) position of the last byte of each patch
-) -> tuple[Tensor, Tensor]: # buckets (B, N, W) of the words that start in the next bytes; (B, N, W) bool, which are real
+) -> tuple[Tensor, Tensor]: # (B, N, W) each
+    "Buckets of the words that start in the next bytes after each patch, and which of them are real (bool)."
     found, bounds = [], []
     for row, ends in zip(ids.tolist(), last.tolist()):
         text = bytes(max(i - OFFSET, 32) for i in row)
-        words = [(m.start(), zlib.crc32(m.group().lower()) % BUCKETS) for m in re.finditer(rb"[A-Za-z\x80-\xff]+", text)]
+        words = [(m.start(), zlib.crc32(m[0].lower()) % BUCKETS) for m in re.finditer(rb"[A-Za-z\x80-\xff]+", text)]
         starts = torch.tensor([start for start, _ in words] or [len(row) + AHEAD])
         found.append(torch.tensor([bucket for _, bucket in words] or [0]))
         bounds.append(torch.searchsorted(starts, torch.tensor([ends, [end + AHEAD for end in ends]]), right=True))

@@ -14,13 +14,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..data import ByteStream, Loader, load_corpus
-from .rules import SelfCuttingLevel, train_surprise
-from .runs import Results, Trial, base_of, device, entropy_model, run_trial, stream
-from ..model import BLT, PatchedLoader
-from ..patching import level_items
+from ..data import Loader
+from .rules import train_surprise
+from .runs import (SELF_CUTTING, Results, Trial, base_of, corpus_fingerprint, device, digest,
+                                     entropy_model, run_trial, stream)
+from ..model import BLT, PatchedLoader, get_blt
 from ..stacked import (ControlPatcher, LastByteEntropyPatcher, LengthPatcher, NextPatchEntropyPatcher, NoveltyPatcher,
-                            train_next_patch_entropy_model)
+                            get_stacked, train_next_patch_entropy_model)
 from ..training import hardware, preset_name
 from ..units import bootstrap, read_conllu, score_boundaries
 
@@ -35,11 +35,12 @@ BLOCKS = {"ci": (), "laptop": (2, 3), "gpu": (4, 5, 6, 3)} # of the latent trans
 def trials(
     preset: str, # "ci", "laptop" or "gpu"
 ) -> list[Trial]: # what matters most comes first
-    "Two levels by each rule, one level, three levels: the rivals that matter with three seeds, the largest budget first."
+    "Two levels by each rule, one level, three levels; the rivals that matter with three seeds, large budgets first."
     made, budgets, seeds = [], sorted(BUDGETS[preset], reverse=True), (0,) if preset == "ci" else (0, 1, 2)
     deep = ("stacked.encoder_layers", 1), ("stacked.latent_layers", 8) # blocks moved inwards, for the same FLOPs
     def add(part, flops, seed, levels=(), sizes=()):
-        made.append(Trial("blt", flops, RATES[preset], seed, part, preset, window=WINDOW[preset], levels=levels, sizes=sizes))
+        trial = Trial("blt", flops, RATES[preset], seed, part, preset, levels=levels, sizes=sizes)
+        made.append(dataclasses.replace(trial, window=WINDOW[preset]))
     def compare(flops, rules, blocks, seeds):
         for seed in seeds:
             for n in blocks: add("one level", flops, seed, sizes=(("latent_layers", n),))
@@ -68,7 +69,7 @@ def scoring_rules(
     patchers |= {"U": NextPatchEntropyPatcher(blt.without_patchers(), head),
                  "Bayesian surprise": train_surprise(blt, loader, h["steps"], SURPRISE_LR),
                  "byte entropy": LastByteEntropyPatcher(copy.deepcopy(entropy_model(trial.preset, trial.corpus))),
-                 "length": LengthPatcher(), "punctuation": ControlPatcher("punctuation"), "random": ControlPatcher("random")}
+                 "length": LengthPatcher()} | {name: ControlPatcher(name) for name in ("punctuation", "random")}
     batches = [(ids.to(device()), None, [p.to(device()) for p in cuts]) for ids, cuts in map(loader.batch, range(4))]
     with torch.no_grad():
         for patcher in patchers.values(): patcher.to(device()).measure(batches)
@@ -82,39 +83,44 @@ def own_scores(model: BLT) -> Callable: # of a model whose second level is a `Se
     return rule
 
 def judge_rules(
-    trial: Trial,              # two levels, or more; the model of one level less is judged
-    treebanks: Sequence[Path], # files in CoNLL-U
-    results: Results,          # gets the rows
+    base: BLT,                    # its innermost patches are judged
+    chance: BLT,                  # of one level: lifts are over the boundaries of its patches
+    trial: Trial,                 # what the models were trained by
+    treebanks: Sequence[Path],    # files in CoNLL-U
+    results: Results,             # gets the rows
     trained: dict[str, BLT] = {}, # models that cut themselves, by the names of their rules
 ) -> None:
     "Score all boundaries of a model by all rules, and compare them with what people have marked."
-    base, (window, rows) = base_of(trial), trial.batch
+    (window, rows), levels = trial.batch, len(base.config.levels)
     loader = PatchedLoader(Loader(stream(trial.corpus), window, rows, 3), base.segment, pool=8)
-    rules, first = scoring_rules(base, loader, trial), base_of(dataclasses.replace(trial, levels=("novelty",)))
-    rules |= {name: own_scores(model) for name, model in trained.items()}
+    rules = scoring_rules(base, loader, trial) | {name: own_scores(model) for name, model in trained.items()}
     for file in treebanks:
         gold = read_conllu(file)
         boundaries = score_boundaries(gold, base, rules, window)
-        chance = boundaries if len(trial.levels) == 1 else score_boundaries(gold, first, {}, window)
+        usual = boundaries if levels == 1 else score_boundaries(gold, chance, {}, window)
         for rule in rules:
-            table = bootstrap(boundaries, rule, trial.size("stacked")["mean_group"], chance)
+            table = bootstrap(boundaries, rule, trial.size("stacked")["mean_group"], usual)
+            about = dict(treebank=file.stem, preset=trial.preset, level=levels + 1, rule=rule)
             for figure, row in table.iterrows():
-                results.add(dict(key=f"{trial.key}/{file.stem}/{rule}/{figure}", treebank=file.stem, preset=trial.preset,
-                                 levels=len(trial.levels), rule=rule, figure=figure, **row.round(4), boundaries=len(boundaries),
-                                 texts=len(gold), seed=trial.seed, flops=trial.flops, hardware=hardware()))
-            print(file.stem, len(trial.levels), rule, table.value.round(3).to_dict(), flush=True)
+                results.add(dict(key=digest(trial.key, about, figure), **about, figure=figure, **row.round(4),
+                                 boundaries=len(boundaries), texts=len(gold), seed=trial.seed, flops=trial.flops,
+                                 fingerprint=corpus_fingerprint(trial.corpus), hardware=hardware()))
+            print(file.stem, levels + 1, rule, table.value.round(2).to_dict(), flush=True)
 
 def main(arguments: list[str] | None = None) -> None: # None: those of the command line
     "The command `python -m blt_nb.experiments.second_level TREEBANK ...`: adds to data/results/units.csv."
     parser = argparse.ArgumentParser(description="Judge the boundaries of every rule by units that people have marked.")
     parser.add_argument("treebanks", nargs="+", type=Path, help="files in CoNLL-U")
-    parser.add_argument("--corpus", default="books", help="that the models were trained on")
-    parser.add_argument("--levels", type=int, default=1, help="of the models whose boundaries are judged")
+    parser.add_argument("--corpus", default="books", help="to train on; default: the models of the series")
     parser.add_argument("--out", type=Path, help="folder of the table; default: data/results")
-    given, preset = parser.parse_args(arguments), preset_name()
-    trial = dataclasses.replace(next(t for t in trials(preset) if t.levels == ("novelty",)), corpus=given.corpus)
-    trained = {} if given.levels > 1 else {rule: run_trial(dataclasses.replace(trial, levels=(rule,)))[1]
-                                           for rule in ("own novelty", "router")}
-    judge_rules(dataclasses.replace(trial, levels=("novelty",) * given.levels), given.treebanks, Results("units", given.out), trained)
+    given = parser.parse_args(arguments)
+    trial = dataclasses.replace(next(t for t in trials(preset_name()) if t.levels == ("novelty",)), corpus=given.corpus)
+    models, trained = [get_blt, get_stacked], {}
+    if given.corpus != "books":
+        models = [lambda n=n: base_of(dataclasses.replace(trial, levels=n * ("novelty",))) for n in (1, 2)]
+        trained = {rule: run_trial(dataclasses.replace(trial, levels=(rule,)))[1] for rule in SELF_CUTTING}
+    one, two = (model().to(device()) for model in models)
+    judge_rules(one, one, trial, given.treebanks, Results("units", given.out), trained)
+    judge_rules(two, one, trial, given.treebanks, Results("units", given.out))
 
 if __name__ == "__main__": main()
