@@ -7,7 +7,7 @@ __all__ = ['BUDGETS', 'RATES', 'WINDOW', 'SURPRISE_LR', 'RULES', 'BLOCKS', 'tria
            'main']
 
 # %% ../../nbs/experiments/second_level.ipynb #114949ae
-import argparse, copy, dataclasses
+import argparse, copy, dataclasses, sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -123,4 +123,4 @@ def main(arguments: list[str] | None = None) -> None: # None: those of the comma
     judge_rules(one, one, trial, given.treebanks, Results("units", given.out), trained)
     judge_rules(two, one, trial, given.treebanks, Results("units", given.out))
 
-if __name__ == "__main__": main()
+if __name__ == "__main__" and Path(sys.argv[0]).name == "second_level.py": main()
