@@ -30,7 +30,7 @@ PRESETS = ("ci", "laptop", "gpu")
 # A guess where nothing has been measured: slow notebooks at `ci`, and the training of each stage at `laptop`.
 SLOW = {"10_stacked": 60, "13_your_text": 60, "bench": 60, "browser": 90, "causality": 60, "distributed": 80,
         "generation_exact": 60, "hostile": 60, "survival": 90}
-TRAINS = {"04_entropy": {"entropy": 120}, "08_blt": {"blt-1": 400, "byte": 200}, "10_stacked": {"blt-2": 400}}
+TRAINS = {"04_entropy": {"entropy": 90}, "08_blt": {"blt-1": 450, "byte": 350}, "10_stacked": {"blt-2": 450}}
 
 
 def series_notebooks() -> list[Path]:

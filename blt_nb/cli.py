@@ -125,18 +125,18 @@ def check_start(
     args: argparse.Namespace, # of `blt_train`
     corpus: str | Path,       # what is trained on
 ) -> None:
-    "`ValueError` for text that is too short, and for an --out inside the corpus or with stages of other text or sizes."
+    "`ValueError` for text that is too short, output that goes into the corpus, and stages of other text or sizes."
     out = user_path(args.out)
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file; name a folder, or a new one")
-    folder = user_path(corpus)
-    if corpus not in ("", "books") and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"--out {out} lies inside --corpus {corpus}, so training would read what it has written; "
-                         "choose a folder outside")
+    folder, written = user_path(corpus), {f"--out {out}": out, "our output": "/dev/stdout", "our log": "/dev/stderr"}
+    inside = [what for what, path in written.items() if Path(path).resolve().is_relative_to(folder.resolve())]
+    if corpus not in ("", "books") and folder.is_dir() and inside:
+        raise ValueError(f"{inside[0]} lies inside --corpus {corpus}, and training would read it; put it elsewhere")
     with series(Series(args.preset, corpus, args.column, out)), contextlib.redirect_stdout(sys.stderr):
         load_splits()
         for stage in GET_STAGE:
             file, wanted = out / stage / "training.json", stage_identity(stage)
-            made = read_json(file).get("identity", {}) if file.is_file() else wanted
+            made = read_json(file, "identity").get("identity", {}) if file.is_file() else wanted
             if other := [key for key in wanted if made.get(key) != wanted[key]]:
                 raise ValueError(f"{out / stage} is in the way: it was made with another {' and '.join(other)}; "
                                  "take another --out, or remove it")
@@ -167,7 +167,7 @@ def train_series(args: argparse.Namespace) -> None: # of `blt_train`
                 if count == 1: raise
                 raise RuntimeError(f"process {number} of {count} stops, perhaps because another one has died; the same "
                                    f"command goes on from the last checkpoint. The error here: {error}") from error
-            if not number: emit(stage=stage, **read_json(out / stage / "training.json")["result"])
+            if not number: emit(stage=stage, **read_json(out / stage / "training.json", "result").get("result", {}))
 
 def blt_train(arguments: Sequence[str] | None = None) -> int: # exit status; None: of the process
     "The command `blt_train`: every stage of the series on someone's own text."

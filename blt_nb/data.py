@@ -145,12 +145,12 @@ def replacing(path: str | Path, folder: bool = False) -> Iterator[Path]: # where
         if error.errno is None: raise # not from the file system
         raise OSError(error.errno, f"could not write: {error.strerror}", str(path)) from error
 
-def read_json(file: str | Path) -> dict: # its content
+def read_json(file: str | Path, *objects: str) -> dict: # its content; names of what in it is an object too, if there
     "A JSON object from a file that we wrote. `ValueError`, naming the file, for anything else."
     try: content = json.loads(user_path(file).read_text("utf-8"))
     except (ValueError, RecursionError) as error: raise ValueError(f"{file} isn't JSON: {error}") from None
-    if isinstance(content, dict): return content
-    raise ValueError(f"{file} holds a {type(content).__name__} where a JSON object belongs")
+    if isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in objects): return content
+    raise ValueError(f"{file} must hold a JSON object{', and objects as ' * bool(objects)}{' and '.join(objects)}")
 
 def cached(name: str, write: Callable[[Path], None]) -> Path: # a folder
     "The folder `name` of the cache. If it isn't there, `write` fills it first. Errors as in `replacing`."

@@ -42,7 +42,7 @@ def ngram_hashes(
     context: int = 0, # C
 ) -> Tensor: # (B, T, tables) hash of the n ids that end at each position; before the text lie zeros
     "Polynomial hash Σ_j ids[t - n + 1 + j] · prime^j in 64-bit arithmetic, modulo the rows (paper, section 3.2.1)."
-    last = F.pad(ids, (len(powers) - 1, 0)).unfold(1, len(powers), 1)[:, context:] # (B, T, longest n)
+    last = F.pad(ids, (len(powers), 0)).unfold(1, len(powers), 1)[:, context + 1:] # (B, T, longest n)
     return (last[..., None] * powers).sum(-2) % rows
 
 # %% ../nbs/04_entropy.ipynb #4c166cb1

@@ -207,7 +207,7 @@ class PatchExplorer:
                    self.patcher: lambda: self.read(self.patchers[self.patcher.value]), self.level: self.show_level,
                    self.value: self.move_value, self.mean: self.move_mean, self.view: self.draw, self.number: self.draw}
         for widget, action in actions.items():
-            widget.observe(lambda change, action=action: self.do(action), names="value")
+            widget.observe(lambda change, action=action: change.owner.disabled or self.do(action), names="value")
         self.button.on_click(lambda button: self.do(self.generate))
 
     def do(self,
@@ -246,9 +246,9 @@ class PatchExplorer:
             value, seen = getattr(patcher, self.rule), scores[0, 1:] if self.rule == "threshold" else scores[0].diff()
             ends = [*seen.tolist(), value if math.isfinite(value) else 0.0]
             low, high = math.floor(min(ends) * 10) / 10, math.ceil(max(ends) * 10) / 10
-            with self.value.hold_trait_notifications():
+            with self.value.hold_sync(), self.value.hold_trait_notifications(): # the page gets all of it at once
                 self.value.min, self.value.max, self.value.step = low, high, 0.01 if high - low > 0.5 else 0.001
-            self.place(self.value, value)
+                self.place(self.value, value)
         self.show_mean()
 
     def show_mean(self) -> None:

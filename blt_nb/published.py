@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .data import BOS_ID, EOS_ID, HUB_ID, VOCAB_SIZE, read_json, user_path, why_not_on_hub
+from .data import BOS_ID, EOS_ID, VOCAB_SIZE, read_json
 from .entropy import EntropyConfig, NgramConfig
 from .model import BLT, BLTConfig, LevelConfig
 from .patching import Patches
+from .training import fetched
 from .transformer import TransformerConfig
 
 # %% ../nbs/14_published.ipynb #49bf4429
@@ -287,20 +287,10 @@ def load_published(
 ) -> BLT | None: # for use (`eval`); None if it isn't a published model
     """Published weights, in one file or in shards. `FileNotFoundError` for a Hub id that isn't there, or a folder
     without weights, `ValueError` for damaged files; other errors as in `from_transformers`."""
-    folder = user_path(path)
-    if not folder.is_dir():
-        if not HUB_ID.fullmatch(str(path)): return None
-        reason = why_not_on_hub(str(path), "model") # then it may be in the cache
-        def fetch(pattern):
-            return Path(snapshot_download(str(path), revision=revision, allow_patterns=pattern,
-                                          local_files_only=bool(reason)))
-        try: folder = fetch("config.json")
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{path} is no folder here, and no model on the Hugging Face Hub "
-                                    f"({reason or error})") from error
+    folder = fetched(path, revision, ["config.json"])
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("model_type") != "blt": return None
-    if not user_path(path).is_dir(): folder = fetch("model*.safetensors")
+    folder = fetched(path, revision, ["model*.safetensors"])
     files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
     if not files: raise FileNotFoundError(f"{path} has no model.safetensors and no model-*-of-*.safetensors")
     try: tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTH', 'TABLES', 'FILES', 'PRESETS', 'SERIES', 'STAGES', 'next_id_loss', 'lr_factor', 'param_groups',
            'fast_precision', 'autocast', 'hardware', 'processes', 'my_part', 'plot_history', 'fit', 'bits_per_byte',
-           'config_from_json', 'Pretrained', 'Series', 'series', 'preset_name', 'preset', 'load_splits', 'folder_of',
-           'stage_identity', 'round_bf16', 'train_stage', 'load_or_train', 'results', 'stage_history']
+           'config_from_json', 'fetched', 'Pretrained', 'Series', 'series', 'preset_name', 'preset', 'load_splits',
+           'folder_of', 'stage_identity', 'round_bf16', 'train_stage', 'load_or_train', 'results', 'stage_history']
 
 # %% ../nbs/03_training.ipynb #ab340777
 import contextlib, contextvars, copy, dataclasses, functools, hashlib, json, math, os, platform, re, shutil, signal
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .data import (OFFSET, SPLITS, data_dir, eval_batches, fingerprint, load_corpus, read_json, replacing,
-                         stream_of, user_path)
+                         stream_of, user_path, why_not_on_hub)
 from .transformer import Block
 
 # %% ../nbs/03_training.ipynb #60608599
@@ -98,11 +98,11 @@ def optimised(model: nn.Module, compile: bool, checkpoint_activations: bool) -> 
                 afterwards.callback(setattr, m, "_compiled_call_impl", None)
         with torch._dynamo.config.patch(recompile_limit=64): yield # for all the numbers of patches that come
 
-def progress_bar(*args, **kwargs) -> tqdm: # arguments as of tqdm
-    "A progress bar; where there is neither a terminal nor a notebook, a line every half minute."
+def progress_bar(*args, **kwargs) -> tqdm: # as `tqdm`; with neither a terminal nor a notebook, lines for a log file
     if sys.stderr.isatty() or "ipykernel" in sys.modules: return tqdm(*args, leave=False, delay=1, **kwargs)
-    line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go{postfix}\n"
-    return tqdm(*args, bar_format=line, mininterval=30, maxinterval=60, delay=30, **kwargs)
+    line = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} to go{postfix}" # every half minute
+    file = types.SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr, flush=True))
+    return tqdm(*args, bar_format=line, file=file, mininterval=30, miniters=1, delay=30, **kwargs)
 
 # %% ../nbs/03_training.ipynb #5fc76207
 def plot_history(history: pd.DataFrame, ax=None, label: str = ""): # matplotlib axes; the run's name in the legend
@@ -277,12 +277,20 @@ def bits_per_byte(
     return nats / count / math.log(2)
 
 # %% ../nbs/03_training.ipynb #4a693ead
-def config_from_json(kind: type, values: dict, where: str | Path): # an instance of the dataclass `kind`
-    "`ValueError` that says where the values come from if they are unknown, missing, or refused by the dataclass."
+def config_from_json(kind: type, values: dict, where: str | Path): # a dataclass `kind`; `ValueError` names `where`
     try: return kind(**values)
     except Exception as error: raise ValueError(f"{where}: no {kind.__name__}, {error}") from error
 
 FILES = ("config.json", "model.safetensors", "training.json")
+
+def fetched(path: str | Path, revision: str | None, patterns: Sequence[str]) -> Path: # a folder
+    "A folder as it is, or files of a model on the Hub. `FileNotFoundError`, within five seconds, if neither is there."
+    if (folder := user_path(path)).is_dir(): return folder
+    reason = why_not_on_hub(str(path), "model") # then it may be in the cache
+    options = dict(revision=revision, allow_patterns=patterns, local_files_only=bool(reason))
+    try: return Path(hf.snapshot_download(str(path), **options))
+    except (OSError, ValueError) as error: reason = reason or " ".join(str(error).split())
+    raise FileNotFoundError(f"{path} is no folder here, and no model on the Hugging Face Hub ({reason})")
 
 class Pretrained(hf.ModelHubMixin):
     "Saving and loading as `config.json` and `model.safetensors`, for models that are built from a dataclass, `config`."
@@ -295,28 +303,23 @@ class Pretrained(hf.ModelHubMixin):
     def _save_pretrained(self, folder):
         name, config = type(self).__name__, dataclasses.asdict(getattr(self, "to_config", lambda: self.config)())
         save_file({key: tensor.clone() for key, tensor in self.state_dict().items()}, folder / FILES[1])
-        card = [f"---\nlibrary_name: blt_nb\n---\n# {name}\n\n{type(self).__doc__}\n\n```python",
-                f"from {type(self).__module__} import {name}\nmodel = {name}.from_pretrained(...)\n```\n",
-                *(f"- {fact}: {value}" for fact, value in self.facts.get("result", {}).items())]
+        made = self.facts.get("result", {}) | self.facts.get("identity", {}).get("sizes", {})
+        card = [f"---\nlibrary_name: blt_nb\ntags: [byte-level, tokenizer-free]\n---\n# {folder.name}\n",
+                f"{type(self).__doc__} It has {sum(p.numel() for p in self.parameters()):,} parameters.\n\n```python",
+                f'from {type(self).__module__} import {name}\nmodel = {name}.from_pretrained("user/name")',
+                "# the id of this page on the Hub, or a folder\n```\nBelow, bpb is bits per byte of validation text.\n",
+                *(f"- {fact}: {value}".replace("'", "") for fact, value in made.items() if value == value)]
         texts = json.dumps(config, indent=1), json.dumps(self.facts, indent=1), "\n".join(card)
         for file, text in zip((FILES[0], FILES[2], "README.md"), texts): (folder / file).write_text(text, "utf-8")
 
     @classmethod
     def from_pretrained(cls,
         path: str | Path, # a folder, or a Hub id as "user/name"
-        *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        revision: str | None = None, # on the Hub
+        *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None, # (Hub)
     ):
-        """The model, for use (`eval`). `FileNotFoundError` if it or one of its files isn't there, `ValueError` for a
-        wrong configuration and for weights that don't fit it, before the model takes memory."""
-        folder = user_path(path)
-        if not folder.is_dir():
-            try: folder = Path(hf.snapshot_download(str(path), revision=revision, allow_patterns=FILES, etag_timeout=4))
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise FileNotFoundError(f"{path} is no folder here, and not found on the Hub: {reason}") from error
-        file, weights, facts = (folder / name for name in FILES)
-        values, facts = read_json(file), read_json(facts) if facts.is_file() else {}
+        "The model, for use (`eval`). `FileNotFoundError` for what isn't there, `ValueError` for what doesn't fit."
+        file, weights, facts = map(fetched(path, revision, FILES).joinpath, FILES)
+        values, facts = read_json(file), read_json(facts, "identity", "result") if facts.is_file() else {}
         config = config_from_json(typing.get_type_hints(cls.__init__)["config"], values, file)
         try:
             tensors = load_file(weights)
@@ -366,14 +369,12 @@ class Series:
 SERIES = contextvars.ContextVar("SERIES", default=Series())
 
 @contextlib.contextmanager
-def series(running: Series) -> Iterator[None]:
-    "In this context, whatever speaks of the running preset or its corpus means those of `running`."
+def series(running: Series) -> Iterator[None]: # in this context the running preset and corpus are those of `running`
     token = SERIES.set(running)
     try: yield
     finally: SERIES.reset(token)
 
-def preset_name() -> str: # "ci", "laptop" or "gpu"
-    "The running preset, from `series` or the environment's `BLT_PRESET`. `ValueError` for an unknown one."
+def preset_name() -> str: # "ci", "laptop" or "gpu": the running one, from `series` or the environment's `BLT_PRESET`
     name = SERIES.get().preset or os.environ.get("BLT_PRESET", "laptop")
     if name not in PRESETS: raise ValueError(f"BLT_PRESET is {name!r}; take one of {', '.join(PRESETS)}")
     return name
@@ -421,14 +422,15 @@ def train_stage(stage: str, model: nn.Module, loader, watched, steps: int, lr: f
     """Train, round to bf16, score and save a stage, a `Pretrained`. `watched` is a loader of validation text,
     `measure(history)` gives more figures. In a series with a folder, an interrupted training goes on where it was."""
     identity, running, folder = stage_identity(stage), SERIES.get(), folder_of("checkpoints") / stage
-    mark = hashlib.sha256(json.dumps([identity, seed]).encode()).hexdigest()[:12]
+    mark, text = hashlib.sha256(json.dumps([identity, seed]).encode()).hexdigest()[:12], user_path(running.corpus)
+    text = text.resolve().name if text.exists() else str(text) # where it lies is nobody's business
     unfinished = folder_of("cache") / f"{stage}-{mark}" if running.folder else None
     valid = [watched.batch(i, *my_part()) for i in range(8)]
     history = fit(model, loader, steps, lr, valid=valid, title=stage, checkpoint=unfinished, **running.options)
     bpb = bits_per_byte(round_bf16(model.eval()), load_splits()[1], preset("data").window)
-    result = dict(preset=preset_name(), corpus=identity["corpus"], bpb=bpb, **(measure(history) if measure else {}),
+    result = dict(preset=preset_name(), text=text, corpus=identity["corpus"], bpb=bpb, seed=seed, hardware=hardware(),
                   parameters=sum(p.numel() for p in model.parameters()), bytes_seen=int(history.bytes.iloc[-1]),
-                  seconds=history.seconds.max(), seed=seed, hardware=hardware(), torch=torch.__version__)
+                  seconds=history.seconds.max(), torch=torch.__version__, **(measure(history) if measure else {}))
     model.facts = dict(version=__version__, identity=identity, result=result)
     if processes().is_main_process:
         with replacing(folder, folder=True) as new:
@@ -445,7 +447,7 @@ def load_or_train(stage: str, cls: type, train: Callable): # a trained model of 
     with lock if we.is_main_process else contextlib.nullcontext():
         we.wait_for_everyone()
         try:
-            made = read_json(folder / "training.json").get("identity", {})
+            made = read_json(folder / "training.json", "identity").get("identity", {})
             if other := [key for key in identity if made.get(key) != identity[key]]:
                 raise ValueError(f"the checkpoint was made with different {' and '.join(other)}")
             model = cls.from_pretrained(folder)
@@ -458,8 +460,7 @@ def load_or_train(stage: str, cls: type, train: Callable): # a trained model of 
 
 def results() -> pd.DataFrame: # of the running preset, one row per stage
     files = [folder_of("checkpoints") / stage / "training.json" for stage in STAGES]
-    rows = {file.parent.name: read_json(file)["result"] for file in files if file.is_file()}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return pd.DataFrame.from_dict({f.parent.name: read_json(f)["result"] for f in files if f.is_file()}, orient="index")
 
 def stage_history(stage: str) -> pd.DataFrame: # as from `fit`; `FileNotFoundError` if the stage hasn't been trained
     return pd.read_csv(folder_of("checkpoints") / stage / "history.csv")

@@ -238,8 +238,8 @@ class KVCache:
         self.reserve(k.shape[2])
         position, length = torch.arange(k.shape[2], device=k.device), self.lengths[:, None]
         row, position = ((position < length) & (position >= length - self.slots)).nonzero(as_tuple=True)
-        self.k[layer, row, :, position % self.slots] = k[row, :, position]
-        self.v[layer, row, :, position % self.slots] = v[row, :, position]
+        self.k[layer, row, :, position % self.slots] = k[row, :, position].to(self.k) # autocast makes bf16
+        self.v[layer, row, :, position % self.slots] = v[row, :, position].to(self.v)
         return windowed_attention(q, k, v, self.window)
 
     def next(self,
@@ -262,7 +262,7 @@ class KVCache:
     ) -> Tensor: # (B, h, 1, head_width)
         "Attention of one more position to those that are kept."
         rows = torch.arange(len(slot), device=slot.device)
-        self.k[layer, rows, :, slot], self.v[layer, rows, :, slot] = k[:, :, 0], v[:, :, 0]
+        self.k[layer, rows, :, slot], self.v[layer, rows, :, slot] = k[:, :, 0].to(self.k), v[:, :, 0].to(self.v)
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], attn_mask=seen, enable_gqa=shared)
 
