@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -234,11 +233,11 @@ def run_series() -> None:
             sys.exit(f"\n{path.relative_to(ROOT)}: {error}\n\nas far as it got: _series/{path.name}")
         if not trains:
             durations(**{f"{preset} {path.stem}": round(seconds, 1)})
-    models, results = (folder_of(kind, preset).relative_to(ROOT) for kind in ("checkpoints", "results"))
-    rows = pd.read_csv(ROOT / results / "series.csv", index_col="stage")
+    from blt_nb.training import results  # of the stages that the notebooks have just trained or loaded
+    rows, models = results(), folder_of("checkpoints", preset).relative_to(ROOT)
     columns = [c for c in ("parameters", "bytes_seen", "bpb", "mean_patch", "mean_group", "seconds") if c in rows]
     print(f"\n{rows[columns].to_string(na_rep='', float_format='{:,.3f}'.format)}\n\n"
-          f"models: {models}/   results: {results}/   executed notebooks: _series/\n"
+          f"models and what is known of them: {models}/   executed notebooks: _series/\n"
           "`make html` makes pages of them; `make outputs` puts their outputs into nbs/ (preset laptop)")
 
 
