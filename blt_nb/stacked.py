@@ -159,11 +159,12 @@ def get_next_patch_entropy_model() -> tuple[NextPatchEntropyModel, pd.DataFrame]
         model, history = train_next_patch_entropy_model(blt, loader, p.hidden, p.steps, p.lr)
         save_file(model.head.state_dict(), folder / "head.safetensors")
         history.to_csv(folder / "history.csv", index=False)
-    weights = blt.head.weight.detach().numpy().tobytes() + json.dumps(vars(p)).encode()
+    weights = blt.head.weight.detach().cpu().numpy().tobytes() + json.dumps(vars(p)).encode()
     folder = cached(f"head-{hashlib.sha256(weights).hexdigest()[:16]}", train)
     head = NextPatchEntropyHead(blt.config.levels[0].encoder.width, p.hidden)
     head.load_state_dict(load_file(folder / "head.safetensors"))
-    return NextPatchEntropyModel(blt.without_patchers(), head).eval(), pd.read_csv(folder / "history.csv")
+    model = NextPatchEntropyModel(blt.without_patchers(), head.to(blt.head.weight.device)).eval()
+    return model, pd.read_csv(folder / "history.csv")
 
 # %% ../nbs/10_stacked.ipynb #8f16e162
 class BackbonePatcher(ThresholdPatcher):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import OFFSET
+from ..local import flat_groups
 from ..model import BLT, LR_SCALE, Level, PatchedLoader, round_up
 from ..patching import Patches, ThresholdPatcher, complete_items
 from ..stacked import BackbonePatcher, last_bytes, novelty
@@ -78,8 +79,8 @@ class SelfCuttingLevel(Level):
         own = self.patcher.cut(self.scores, given.items)
         own.most, self.patches = round_up(own.most, 1.25), own # few shapes for compiled code
         bins = own.most + 1
-        rows = (own.groups + bins * torch.arange(len(x), device=x.device)[:, None]).flatten()
-        groups = self.encoder.pool(x.flatten(0, 1), rows, len(x) * bins).unflatten(0, (len(x), bins))[:, :-1]
+        groups = self.encoder.pool(x.flatten(0, 1), flat_groups(own.groups, bins), len(x) * bins)
+        groups = groups.unflatten(0, (len(x), bins))[:, :-1]
         inner = self.inner(groups)
         if self.learned: inner = smooth(inner, p.gather(1, own.last_items))
         return self.decoder(x, self.decoder.keys_values(inner), own.visible_patch)

@@ -178,10 +178,10 @@ def group_patcher(
     loader: PatchedLoader, # batches with its patches
     trial: Trial,
 ) -> Patcher:
-    "What cuts the innermost patches of a BLT into larger ones. A model that cuts itself needs only something."
+    "What cuts the innermost patches of a BLT into larger ones."
     p, h = trial.size("stacked"), trial.size("head")
     mean, longest = p["mean_group"], p["max_group"]
-    if rule in ("every", *SELF_CUTTING): return StaticPatcher(round(mean))
+    if rule == "every": return StaticPatcher(round(mean))
     if rule == "novelty": patcher = NoveltyPatcher(base.without_patchers(), max_length=longest)
     elif rule == "U":
         head = train_next_patch_entropy_model(base, loader, h["hidden"], h["steps"], h["lr"])[0].head
@@ -259,16 +259,19 @@ def build_blt(
     levels = [level_config(b, dict(width=b["width"], heads=b["heads"], window=b["attention"]))]
     latent, layers = dict(width=b["latent_width"], heads=b["latent_heads"]), b["latent_layers"]
     if trial.levels:
-        base, s = base_of(trial), trial.size("stacked")
-        cut = group_patcher(trial.levels[-1], base, PatchedLoader(plain, base.segment), trial)
-        patchers = [*copy.deepcopy(base.patchers), cut]
+        s, rule = trial.size("stacked"), trial.levels[-1]
+        if rule in SELF_CUTTING: patchers = [byte_patcher(trial, [plain.batch(i) for i in range(8)]), StaticPatcher(4)]
+        else:
+            base = base_of(trial)
+            cut = group_patcher(rule, base, PatchedLoader(plain, base.segment), trial)
+            patchers = [*copy.deepcopy(base.patchers), cut]
         levels += [level_config(s, latent) for _ in trial.levels]
         latent, layers = dict(width=s["latent_width"], heads=s["latent_heads"]), s["latent_layers"]
     else: patchers = [byte_patcher(trial, [plain.batch(i) for i in range(8)])]
     torch.manual_seed(trial.seed)
     model, loss = BLT(BLTConfig(levels, TransformerConfig(layers=layers, **latent), grams), patchers).to(device()), None
-    if trial.levels and trial.levels[-1] in SELF_CUTTING: # two levels
-        level = SelfCuttingLevel(model, s["mean_group"], s["max_group"], trial.levels[-1] == "router")
+    if trial.levels and rule in SELF_CUTTING: # two levels; of the second patcher only the number of items counts
+        level = SelfCuttingLevel(model, s["mean_group"], s["max_group"], rule == "router")
         def loss(model, ids, patches): return next_id_loss(model(ids, patches), ids) + RATIO_LOSS * level.ratio_loss
     means = tuple(map(mean_length, zip(*(model.segment(plain.batch(i)) for i in range(8)))))
     parts = model.flops(means, window)
