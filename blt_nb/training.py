@@ -346,7 +346,7 @@ COLUMNS = { # settings at the presets ci, laptop and gpu
         ngram_sizes=((3, 4, 5), (2, 3, 4, 5, 6, 8), (3, 4, 5, 6, 7, 8)), ngram_rows=(2048, 4096, 2**18),
         ngram_width=(16, 64, 64), mean_patch=(4.5, 4.5, 4.5), max_patch=(24, 24, 64), steps=(120, 1000, 4000),
         lr=(4e-3, 3e-3, 5e-3)),
-    "byte": dict(width=(64, 192, 384), layers=(1, 4, 6), heads=(2, 3, 6), lr=(4e-3, 3e-3, 5e-3)),
+    "byte": dict(width=(64, 128, 384), layers=(1, 4, 6), heads=(2, 2, 6), lr=(4e-3, 3e-3, 5e-3)),
     "head": dict(hidden=(32, 128, 256), steps=(40, 200, 500), lr=(1.5e-3, 2e-3, 1e-3)),
     "stacked": dict(encoder_layers=(1, 1, 2), decoder_layers=(1, 1, 2), latent_width=(64, 256, 512),
         latent_layers=(1, 1, 3), latent_heads=(2, 4, 8), mean_group=(4.5, 4.5, 4.5), max_group=(16, 16, 32),
