@@ -8,6 +8,7 @@ __all__ = ['State', 'Sampler', 'within', 'sample_bytes', 'generate', 'stream_tex
 # %% ../nbs/09_generation.ipynb #557edd46
 import codecs, math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -50,12 +51,20 @@ class State:
     ) -> Tensor: # (B, 260) logits of the id after it
         "Read on."
         ids = ids.to(self.recent)
-        self.recent, self.ends = torch.cat([self.recent[:, 1:], ids[:, None]], 1), []
+        self.recent, self.ends, later = torch.cat([self.recent[:, 1:], ids[:, None]], 1), [], []
         for patcher, state in zip(self.blt.patchers, self.patchers):
-            self.ends.append(patcher.push(self.recent, self.ends, state))
-        x = self.blt.level.step(self.blt.embed.last(self.recent), self.ends, self.level)
+            if patcher.inside: later.append(partial(self.push_inside, patcher, state))
+            else: self.ends.append(patcher.push(self.recent, self.ends, state))
+        x = self.blt.level.step(self.blt.embed.last(self.recent), [*self.ends, *later], self.level)
+        missing = len(self.patchers) - len(self.ends) # levels that had no new item
+        self.ends += [torch.zeros_like(self.ends[0])] * missing
         self.logits = self.blt.logits(x)[:, 0]
         return self.logits
+
+    def push_inside(self, patcher, state, x, length, active): # see `Level.step`
+        "Cut a level that cuts itself, now that its encoder has read the new item."
+        self.ends.append(patcher.push((x, length), [active], state))
+        return self.ends[-1]
 
 # %% ../nbs/09_generation.ipynb #80a7b772
 class Sampler:

@@ -203,9 +203,13 @@ class LocalEncoder(nn.Module):
         patches: Patches, # their groups
         cache: KVCache | None = None, # of the transformer, to be filled
     ) -> tuple[Tensor, Tensor]: # items (B, T, d), groups (B, N, group_width), without meaning where a row has fewer
-        x, bins = self.transformer(x, cache), patches.most + 1 # the last bin takes the padding
+        x = self.transformer(x, cache)
+        return x, self.groups(x, patches)
+
+    def groups(self, x: Tensor, patches: Patches) -> Tensor: # (B, T, d) encoded items give (B, N, group_width)
+        bins = patches.most + 1 # the last one takes the padding
         groups = self.pool(x.flatten(0, 1), flat_groups(patches.groups, bins), len(x) * bins)
-        return x, groups.unflatten(0, (len(x), bins))[:, :-1]
+        return groups.unflatten(0, (len(x), bins))[:, :-1]
 
 # %% ../nbs/07_local.ipynb #71e758be
 class LocalDecoder(nn.Module):

@@ -11,6 +11,7 @@ __all__ = ['LR_SCALE', 'LevelConfig', 'BLTConfig', 'LevelState', 'Level', 'BLT',
 import contextlib, copy, dataclasses, math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -104,35 +105,44 @@ class Level(nn.Module):
 
     def forward(self,
         x: Tensor,                  # (B, T, d) items
-        patches: Sequence[Patches], # this level's, then those inside
+        patches: Sequence[Patches | Callable], # this level's, then those inside; see `encode`
         state: LevelState | None = None, # from `start` with the rows' `lengths`, to be filled
+        below: Patches | None = None,    # of the level outside: its patches are our items
     ) -> Tensor: # (B, T, d): at each item what is known for predicting the next
-        x, groups = self.encode(x, patches[0], state)
+        x, groups, own = self.encode(x, patches[0], state, below)
         inner, last = (state.inner, state.inner.lengths - 1) if state else (None, None)
-        if isinstance(self.inner, Level): groups = self.inner(groups, patches[1:], inner)
+        if isinstance(self.inner, Level): groups = self.inner(groups, patches[1:], inner, own)
         else: groups = self.inner(groups, inner)
         keys_values = self.decoder.keys_values(groups)
         if state: state.visible = [kv[torch.arange(len(kv), device=kv.device), last][:, None] for kv in keys_values]
-        return self.decoder(x, keys_values, patches[0].visible_patch, state and state.decoder)
+        return self.decoder(x, keys_values, own.visible_patch, state and state.decoder)
 
     def step(self,
         x: Tensor,              # (B, 1, d) a new item of each row
-        ends: Sequence[Tensor], # of this level and those inside, (B,) bool: does a group end with it?
+        ends: Sequence[Tensor | Callable], # of this level and those inside, (B,) bool: does a group end with it?
         state: LevelState,      # changed
         active: Tensor | None = None, # (B,) bool: rows that have a new item; what others get means nothing
+        length: Tensor | None = None, # (B,) items of the level outside that the new item has
     ) -> Tensor: # (B, 1, d)
         "`forward` for one more item of each row."
-        x, group, over = self.encode_step(x, ends[0], state, active)
+        x, group, over, count = self.encode_step(x, ends[0], state, active, length)
         if group is not None:
-            if isinstance(self.inner, Level): group = self.inner.step(group, ends[1:], state.inner, over)
+            if isinstance(self.inner, Level): group = self.inner.step(group, ends[1:], state.inner, over, count)
             else: group = self.inner.step(group, state.inner, over)
             state.visible = [torch.where(over.view(-1, *[1] * (new.ndim - 1)), new, old)
                              for new, old in zip(self.decoder.keys_values(group), state.visible)]
         return self.decoder.step(x, state.visible, state.decoder, active)
 
-    def encode(self, x: Tensor, patches: Patches, state: LevelState | None = None) -> tuple[Tensor, Tensor]:
-        "The first part of `forward`: encoded items (B, T, d), groups (B, N, group_width). Nobody sees an open group's."
-        x, groups = self.encoder(x, patches, state and state.encoder)
+    def encode(self,
+        x: Tensor,                   # (B, T, d) items
+        patches: Patches | Callable, # or patches(encoded items, below), which cuts only now
+        state: LevelState | None = None,
+        below: Patches | None = None,
+    ) -> tuple[Tensor, Tensor, Patches]: # encoded items (B, T, d), groups (B, N, group_width), how items are grouped
+        "The first part of `forward`. Nobody sees the vector of a group that is still open."
+        x = self.encoder.transformer(x, state and state.encoder)
+        if not isinstance(patches, Patches): patches = patches(x, below)
+        groups = self.encoder.groups(x, patches)
         if state:
             state.inner.lengths = over = patches.ids.gather(1, state.lengths[:, None])[:, 0] # groups that are complete
             position = torch.arange(x.shape[1], device=x.device)
@@ -140,33 +150,34 @@ class Level(nn.Module):
             state.count = state.lengths - begin
             place = (begin[:, None] + position).clamp(max=x.shape[1] - 1)
             state.open = x.gather(1, place[..., None].expand_as(x))[:, :max(16, int(state.count.max()))]
-        return x, groups
+        return x, groups, patches
 
-    def encode_step(self, x: Tensor, end: Tensor, state: LevelState, active: Tensor | None = None):
-        "`encode` for one more item: it (B, 1, d); groups (B, 1, group_width), None if none is over; (B,) bool, which."
+    def encode_step(self, x, end, state, active=None, length=None): # arguments as in `step`
+        "`encode` for one item more: it (B, 1, d); groups (B, 1, group_width) or None; which are over (B,); their items."
         x = self.encoder.transformer.step(x, state.encoder, active)
+        if not isinstance(end, Tensor): end = end(x, length, active)
         rows = torch.arange(len(x), device=x.device)
         if state.open.shape[1] == int(state.count.max()): state.open = F.pad(state.open, (0, 0, 0, len(state.open[0])))
         state.open[rows, state.count] = x[:, 0] # of an inactive row the next item will be written there once more
         state.count = state.count + (1 if active is None else active)
-        over = end if active is None else end & active
-        if not over.any(): return x, None, over
+        over, count = end if active is None else end & active, state.count
+        if not over.any(): return x, None, over, count
         real = torch.arange(state.open.shape[1], device=x.device) < state.count[:, None]
         segments = torch.where(real, rows[:, None], len(x)) # the last one takes the padding
         groups = self.encoder.pool(state.open.flatten(0, 1), segments.flatten(), len(x) + 1)[:-1, None]
         state.count = torch.where(over, 0, state.count)
-        return x, groups, over
+        return x, groups, over, count
 
     def states(self, x: Tensor, patches: Sequence[Patches], state: LevelState | None = None) -> Tensor:
         "What the innermost transformer makes of its groups, (B, N, d_latent): `forward` without decoding."
-        _, groups = self.encode(x, patches[0], state)
+        _, groups, _ = self.encode(x, patches[0], state)
         inner = state and state.inner
         if isinstance(self.inner, Level): return self.inner.states(groups, patches[1:], inner)
         return self.inner(groups, inner)
 
     def states_step(self, x: Tensor, ends: Sequence[Tensor], state: LevelState, active: Tensor | None = None):
         "`states` for one more item of each row, (B, 1, d_latent); None where no innermost group ends."
-        _, group, over = self.encode_step(x, ends[0], state, active)
+        _, group, over, _ = self.encode_step(x, ends[0], state, active)
         if group is None: return None
         if isinstance(self.inner, Level): return self.inner.states_step(group, ends[1:], state.inner, over)
         return self.inner.step(group, state.inner, over)
@@ -191,6 +202,11 @@ class BLT(nn.Module, Pretrained):
         self.config = dataclasses.replace(copy.deepcopy(config), patchers=[]) # those in use are what is saved
         if patchers is None: patchers = [patcher_from_dict(settings) for settings in config.patchers]
         self.patchers = nn.ModuleList(patchers).requires_grad_(False)
+        inside = [patcher.inside for patcher in patchers] # those that cut from inside a level come last
+        if inside[:1] == [True] or inside != sorted(inside):
+            raise ValueError("bytes have to be cut before a level reads them, and above a level that cuts itself all "
+                             f"others must; these are {', '.join(type(patcher).__name__ for patcher in patchers)}")
+        for patcher in patchers[len(patchers) - sum(inside):]: patcher.owner = (self,) # a tuple is no submodule
         width = config.levels[0].encoder.width
         self.embed = ByteEmbedding(width, config.ngrams)
         self.level = Level(config.levels, config.latent)
@@ -207,6 +223,7 @@ class BLT(nn.Module, Pretrained):
     def segment(self,
         ids: Tensor,                   # (B, T)
         lengths: Tensor | None = None, # (B,) real ids of each row; None: all
+        levels: int | None = None, # only so many of the outermost; None: all
     ) -> list[Patches]: # one per level, outermost first
         """Cut bytes into patches, patches into second-order patches, and so on. `ValueError` unless there is a patcher
         per level; errors as in `check_ids`."""
@@ -214,21 +231,26 @@ class BLT(nn.Module, Pretrained):
             raise ValueError(f"this model has {len(self.config.levels)} levels and {len(self.patchers)} patchers; "
                              "build it with one per level, BLT(config, patchers=[...])")
         ids, patches = ids.to(self.head.weight.device), []
-        for patcher in self.patchers: patches.append(patcher(ids, lengths, patches))
+        for patcher in self.patchers[:levels]: patches.append(patcher(ids, lengths, patches))
         return patches
+
+    @property
+    def ahead(self) -> int: # levels that are cut before they read the text; those inside may cut themselves meanwhile
+        return sum(not patcher.inside for patcher in self.patchers)
 
     def embed_and_segment(self,
         ids: Tensor,                              # (B, T)
-        patches: Sequence[Patches] | None = None, # one per level; None: `segment(ids)`
-    ) -> tuple[Tensor, Sequence[Patches]]: # (B, T, d) embeddings, and patches
+        patches: Sequence[Patches] | None = None, # one per level; None: `segment(ids)`. Levels that cut themselves may
+    ) -> tuple[Tensor, list[Patches | Callable]]: # be missing. (B, T, d) embeddings, and patches or what cuts then
         "What goes into the levels. `ValueError` for patches of another text or depth; errors as in `segment`."
         if patches is None: patches = self.segment(ids) # looks at the ids first
-        items = [ids.shape[1], *(p.most for p in patches)][:len(self.config.levels)]
+        later = [patcher.cut_items for patcher in self.patchers[len(patches):] if patcher.inside]
+        items = [ids.shape[1], *(p.most for p in patches)][:len(self.config.levels) - len(later)]
         given, needed = [tuple(p.starts.shape) for p in patches], [(len(ids), n + 1) for n in items]
         if given != needed:
             raise ValueError(f"the patches have shapes {given}; this text and model need {needed}, one per level: "
                              "pass what segment(ids) gives")
-        return self.embed(ids), patches
+        return self.embed(ids), [*patches, *later]
 
     def forward(self, ids: Tensor, patches: Sequence[Patches] | None = None) -> Tensor: # (B, T, 260)
         "Logits of the id after each. Arguments and errors as in `embed_and_segment`."
@@ -386,8 +408,9 @@ def mean_lengths(
     batches = islice(eval_batches(data, window, batch_size, window - 1), limit)
     return [mean_length(level) for level in zip(*(blt.segment(ids, lengths) for ids, lengths, _ in batches))]
 
-def train_blt_stage(stage: str, blt: BLT, steps: int, lr: float, seed: int) -> pd.DataFrame: # see `blt_nb.training.fit`
-    "Train a BLT on patched batches of the running corpus, in an order of this seed; save it and its cost as a stage."
+def train_blt_stage(stage: str, blt: BLT, steps: int, lr: float, seed: int, finish: Callable | None = None):
+    """Train a BLT on patched batches of the running corpus, in an order of this seed; save it and its cost as a stage.
+    `finish(blt, loader)` comes after training, before scoring. Returns the history, see `blt_nb.training.fit`."""
     (train, valid), data = load_splits(), preset("data")
     def measure(history):
         lengths = mean_lengths(blt, valid, data.window)
@@ -397,9 +420,10 @@ def train_blt_stage(stage: str, blt: BLT, steps: int, lr: float, seed: int) -> p
                     training_flops=training_flops(blt, lengths, data.window) * history.bytes.iloc[-1],
                     mean_group=lengths[1] if len(lengths) > 1 else math.nan)
     ratio = 1.25 if SERIES.get().options.get("compile") else 1.0
-    loader = PatchedLoader(Loader(train, data.window, data.batch_size, seed), blt.segment, ratio=ratio)
-    watched = PatchedLoader(Loader(valid, data.window, data.batch_size), blt.segment, pool=1)
-    return train_stage(stage, blt, loader, watched, steps, lr, seed, measure)
+    segment = partial(blt.segment, levels=blt.ahead)
+    loader = PatchedLoader(Loader(train, data.window, data.batch_size, seed), segment, ratio=ratio)
+    watched = PatchedLoader(Loader(valid, data.window, data.batch_size), segment, pool=1)
+    return train_stage(stage, blt, loader, watched, steps, lr, seed, measure, lambda: finish and finish(blt, loader))
 
 def train_blt(seed: int = 0) -> tuple[BLT, pd.DataFrame]: # the model and its history, see `blt_nb.training.fit`
     "Train the preset's one-level BLT, with weights and data order of this seed. It becomes the stage `blt-1`."

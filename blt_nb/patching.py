@@ -179,6 +179,7 @@ class Patcher(nn.Module):
     `kind`, and adds its settings to `to_dict`; the constructor takes these by name."""
     kind: str | None = None  # names the class in `to_dict`
     bytes_only = False       # can it cut patches too?
+    inside = False           # does it cut a level by that level's encoded items, while the model runs?
     kinds: dict[str, type["Patcher"]] = {}  # all classes that have a name
 
     def __init_subclass__(cls, **kwargs):
@@ -420,7 +421,7 @@ def patcher_from_dict(
     "The patcher that wrote `settings`. `ValueError` for an unknown kind, and for settings that don't fit it."
     settings = dict(settings)
     kind = settings.pop("kind", None)
-    if kind not in Patcher.kinds: import_module("blt_nb.stacked") # defines patchers of higher levels
+    if kind not in Patcher.kinds: import_module("blt_nb.controls") # defines patchers of higher levels, as stacked does
     if kind not in Patcher.kinds:
         raise ValueError(f"patcher kind {kind!r} is unknown; known are {', '.join(sorted(Patcher.kinds))}")
     try: return Patcher.kinds[kind].from_dict(settings)

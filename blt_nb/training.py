@@ -418,15 +418,16 @@ def round_bf16(model: nn.Module) -> nn.Module: # the same one
     return model
 
 def train_stage(stage: str, model: nn.Module, loader, watched, steps: int, lr: float, seed: int = 0,
-                measure: Callable | None = None) -> pd.DataFrame: # the history
+                measure: Callable | None = None, finish: Callable | None = None) -> pd.DataFrame: # the history
     """Train, round to bf16, score and save a stage, a `Pretrained`. `watched` is a loader of validation text,
-    `measure(history)` gives more figures. In a series with a folder, an interrupted training goes on where it was."""
+    `measure(history)` gives more figures, `finish()` is called after training. In a series with a folder, an interrupted training goes on where it was."""
     identity, running, folder = stage_identity(stage), SERIES.get(), folder_of("checkpoints") / stage
     mark, text = hashlib.sha256(json.dumps([identity, seed]).encode()).hexdigest()[:12], user_path(running.corpus)
     text = text.resolve().name if text.exists() else str(text) # where it lies is nobody's business
     unfinished = folder_of("cache") / f"{stage}-{mark}" if running.folder else None
     valid = [watched.batch(i, *my_part()) for i in range(8)]
     history = fit(model, loader, steps, lr, valid=valid, title=stage, checkpoint=unfinished, **running.options)
+    if finish: finish()
     bpb = bits_per_byte(round_bf16(model.eval()), load_splits()[1], preset("data").window)
     result = dict(preset=preset_name(), text=text, corpus=identity["corpus"], bpb=bpb, seed=seed, hardware=hardware(),
                   parameters=sum(p.numel() for p in model.parameters()), bytes_seen=int(history.bytes.iloc[-1]),

@@ -19,8 +19,8 @@ from .rules import train_surprise
 from .runs import (SELF_CUTTING, Results, Trial, base_of, corpus_fingerprint, device, digest,
                                      entropy_model, run_trial, stream)
 from ..model import BLT, PatchedLoader, get_blt
-from ..stacked import (ControlPatcher, LastByteEntropyPatcher, LengthPatcher, NextPatchEntropyPatcher, NoveltyPatcher,
-                            get_stacked, train_next_patch_entropy_model)
+from ..controls import ControlPatcher, LastByteEntropyPatcher, LengthPatcher
+from ..stacked import NextPatchEntropyPatcher, NoveltyPatcher, get_stacked, train_next_patch_entropy_model
 from ..training import hardware, preset_name
 from ..units import bootstrap, read_conllu, score_boundaries
 
@@ -76,9 +76,10 @@ def scoring_rules(
     return {name: lambda ids, patches, patcher=patcher: patcher.scores(ids, None, patches)
             for name, patcher in patchers.items()}
 
-def own_scores(model: BLT) -> Callable: # of a model whose second level is a `SelfCuttingLevel`, as a rule
+def own_scores(model: BLT) -> Callable: # of a model whose second level cuts itself, as a rule
     def rule(ids, patches):
-        model(ids, [*patches, model.patchers[1](ids, None, patches)])
+        if model.patchers[1].inside: return model.patchers[1].scores(ids, None, patches)
+        model(ids, [*patches, model.patchers[1](ids, None, patches)]) # a routed level keeps its scores
         return model.level.inner.scores
     return rule
 
