@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LR_SCALE', 'LevelConfig', 'BLTConfig', 'LevelState', 'Level', 'BLT', 'training_flops', 'entropy_patcher',
-           'blt_config', 'round_up', 'select', 'join', 'PatchedLoader', 'mean_lengths', 'train_blt_stage', 'train_blt',
-           'get_blt', 'train_byte_model', 'ablate_latent']
+           'blt_config', 'mean_lengths', 'train_blt_stage', 'train_blt', 'get_blt', 'train_byte_model', 'ablate_latent']
 
 # %% ../nbs/08_blt.ipynb #6779067e
 import contextlib, copy, dataclasses, math
@@ -15,10 +14,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch, torch.nn as nn, torch.nn.functional as F
-from accelerate.utils import gather_object
+import pandas as pd, torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 
+from .batching import PatchedLoader
 from .data import VOCAB_SIZE, Loader, eval_batches
 from .entropy import ByteEmbedding, EntropyConfig, EntropyModel, NgramConfig, get_entropy_model
 from .local import LocalDecoder, LocalEncoder
@@ -50,6 +49,7 @@ class LevelConfig:
         if self.unpools is not None and not 1 <= self.unpools <= self.decoder.layers:
             raise ValueError(f"unpools is {self.unpools}; take 1 to {self.decoder.layers}, its blocks, or None for all")
 
+# %% ../nbs/08_blt.ipynb #6caf19a3
 @dataclass
 class BLTConfig:
     "A BLT of any depth. One level is the paper's model. `ValueError` for sizes that don't fit together."
@@ -324,77 +324,6 @@ def blt_config() -> BLTConfig:
     ngrams = NgramConfig(sizes=p.ngram_sizes, rows=p.ngram_rows, width=p.ngram_width)
     return BLTConfig([LevelConfig(encoder, decoder)], latent, ngrams)
 
-# %% ../nbs/08_blt.ipynb #1b9358ab
-def round_up(n: int, ratio: float) -> int: # to a power of the ratio
-    return math.ceil(ratio ** math.ceil(math.log(max(n, 1), ratio)))
-
-def select(patches: Sequence[Patches], rows: Tensor, ratio: float = 1.0) -> list[Patches]: # one per level
-    """Some rows (b,) of a segmentation, without the columns that only the others needed. A ratio above 1 rounds the
-    number of columns up to a power of it, so that compiled code sees few shapes."""
-    picked, width = [], patches[0].starts.shape[1]
-    for p in patches:
-        cut = [F.pad(t[rows, :width], (0, max(0, width - t.shape[1]))) for t in (p.starts, p.mask)]
-        picked.append(Patches(*cut))
-        most = picked[-1].most
-        if ratio > 1: picked[-1].most = round_up(most, ratio)
-        width = picked[-1].prepare().most + 1
-    return picked
-
-def join(parts: Sequence[Sequence[Patches]]) -> list[Patches]: # one per level
-    "Segmentations of other rows, one below the other: what `select` takes apart."
-    joined = []
-    for level in zip(*parts):
-        width = max(p.mask.shape[1] for p in level)
-        starts, mask = (torch.cat([F.pad(t, (0, width - t.shape[1])) for t in tensors])
-                        for tensors in ([p.starts for p in level], [p.mask for p in level]))
-        joined.append(Patches(starts, mask))
-    return joined
-
-class PatchedLoader:
-    """Batches with their patches, sorted so that the rows of a batch have about as many patches.
-
-    A pool of batches is cut at once and its rows sorted; batches are made of neighbours, and come in a shuffled order.
-    Of several processes each cuts its part of a pool, and all must ask for the same steps."""
-    def __init__(self,
-        loader: Loader, # batches of ids
-        segment: Callable[[Tensor], list[Patches]], # for example `blt.segment`
-        pool: int = 32, # batches cut and sorted together
-        ratio: float = 1.0, # see `select`; for `fit(compile=True)` take 1.25
-    ):
-        self.loader, self.segment, self.pool, self.ratio = loader, segment, pool, ratio
-        self.number, self.batches, self.order = None, [], None # of the pool that was cut last
-        self.identity = loader.identity | dict(pool=pool)
-
-    def cut(self, number: int) -> None:
-        "Cut the pool with this number and make its batches."
-        batches, (index, count) = [self.loader.batch(number * self.pool + j) for j in range(self.pool)], my_part()
-        mine = [self.segment(ids.tensor_split(count)[index]) for ids in batches]
-        parts = gather_object([[[p.to("cpu") for p in patches] for patches in mine]]) # of each process
-        ids, patches = torch.cat(batches), join([part[i] for i in range(self.pool) for part in parts])
-        order = (patches[-1].counts * (ids.shape[1] + 1) + patches[0].counts).argsort(stable=True).view(self.pool, -1)
-        order = order[np.random.default_rng([self.loader.seed, number]).permutation(self.pool)]
-        self.number, self.order = number, order
-        self.batches = [(ids[rows], select(patches, rows, self.ratio)) for rows in order]
-
-    def batch(self,
-        step: int,      # from 0
-        part: int = 0,  # of the batch, for one of several processes
-        parts: int = 1,
-    ) -> tuple[Tensor, list[Patches]]: # ids (B / parts, T) and their patches
-        "The batch of a step, the same whatever was asked for before, or a part of it."
-        number, i = divmod(step, self.pool)
-        if number != self.number: self.cut(number)
-        ids, patches = self.batches[i]
-        if parts == 1: return ids, patches
-        rows = torch.arange(len(ids)).tensor_split(parts)[part]
-        return ids[rows], select(patches, rows, self.ratio)
-
-    def sources(self, step: int) -> list[list[str]]: # for each window of the batch the names of its documents
-        "As `Loader.sources`, after the sorting."
-        self.batch(step)
-        names = [row for j in range(self.pool) for row in self.loader.sources(self.number * self.pool + j)]
-        return [names[row] for row in self.order[step % self.pool].tolist()]
-
 # %% ../nbs/08_blt.ipynb #0b8a534b
 @torch.no_grad()
 def mean_lengths(
@@ -408,6 +337,7 @@ def mean_lengths(
     batches = islice(eval_batches(data, window, batch_size, window - 1), limit)
     return [mean_length(level) for level in zip(*(blt.segment(ids, lengths) for ids, lengths, _ in batches))]
 
+# %% ../nbs/08_blt.ipynb #9c0fd8c4
 def train_blt_stage(stage: str, blt: BLT, steps: int, lr: float, seed: int, finish: Callable | None = None):
     """Train a BLT on patched batches of the running corpus, in an order of this seed; save it and its cost as a stage.
     `finish(blt, loader)` comes after training, before scoring. Returns the history, see `blt_nb.training.fit`."""

@@ -17,11 +17,11 @@ import pandas as pd, torch, torch.nn as nn, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .batching import PatchedLoader, round_up
 from .data import Loader, cached
 from .entropy import entropy_of
 from .generation import State
-from .model import (BLT, BLTConfig, LevelConfig, PatchedLoader, blt_config, get_blt, round_up, train_blt_stage,
-                          training_flops)
+from .model import BLT, BLTConfig, LevelConfig, blt_config, get_blt, train_blt_stage, training_flops
 from .patching import Patcher, Patches, ThresholdPatcher, calibrate, complete_items, level_items
 from .training import config_from_json, fit, load_or_train, load_splits, preset
 from .transformer import RMSNorm, TransformerConfig, init_linear

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import OFFSET
-from ..model import BLT, LR_SCALE, Level, PatchedLoader, round_up
+from ..batching import PatchedLoader, round_up
+from ..model import BLT, LR_SCALE, Level
 from ..patching import ThresholdPatcher, complete_items
 from ..stacked import BackbonePatcher, last_bytes
 from ..training import fit

@@ -25,7 +25,8 @@ from .. import __version__
 from ..data import (ByteStream, Loader, Texts, cached, data_dir, fingerprint, load_corpus, load_passages,
                          replacing, user_path)
 from ..entropy import EntropyConfig, EntropyModel, NgramConfig, get_entropy_model
-from ..model import BLT, BLTConfig, LevelConfig, PatchedLoader, ablate_latent
+from ..batching import PatchedLoader
+from ..model import BLT, BLTConfig, LevelConfig, ablate_latent
 from ..patching import EntropyPatcher, Patcher, SpacePatcher, StaticPatcher, calibrate, mean_length
 from ..controls import ControlPatcher, LastByteEntropyPatcher, LengthPatcher
 from ..stacked import (NextPatchEntropyPatcher, NoveltyPatcher, OwnNoveltyPatcher, calibrate_own,

@@ -18,7 +18,8 @@ from ..data import Loader
 from .rules import train_surprise
 from .runs import (SELF_CUTTING, Results, Trial, base_of, corpus_fingerprint, device, digest,
                                      entropy_model, run_trial, stream)
-from ..model import BLT, PatchedLoader, get_blt
+from ..batching import PatchedLoader
+from ..model import BLT, get_blt
 from ..controls import ControlPatcher, LastByteEntropyPatcher, LengthPatcher
 from ..stacked import NextPatchEntropyPatcher, NoveltyPatcher, get_stacked, train_next_patch_entropy_model
 from ..training import hardware, preset_name
