@@ -102,6 +102,7 @@ class NextPatchEntropyHead(nn.Module):
         inside = F.silu(self.inside(torch.cat([self.norm(x), first[..., None].to(x.dtype)], -1)))
         return self.mean[0] + self.std[0] * self.out(inside).squeeze(-1).float()
 
+# %% ../nbs/10_stacked.ipynb #d86dd1df
 class NextPatchEntropyModel(nn.Module):
     "A frozen BLT, and a head that says from what it knows how many nats the next patch will cost."
     def __init__(self,
@@ -121,6 +122,7 @@ class NextPatchEntropyModel(nn.Module):
             logits = self.backbone.logits(x)
         return self.head(at_patch_ends(x, patches), at_patch_ends(logits, patches)), logits
 
+# %% ../nbs/10_stacked.ipynb #2eb85c27
 def train_next_patch_entropy_model(
     blt: BLT,              # trained, any number of levels; stays as it is
     loader: PatchedLoader, # batches with the patches of its levels
@@ -150,6 +152,7 @@ def train_next_patch_entropy_model(
     history["loss"] *= math.log(2) # `fit` gives bits
     return model.eval(), history
 
+# %% ../nbs/10_stacked.ipynb #1c40fede
 def get_next_patch_entropy_model() -> tuple[NextPatchEntropyModel, pd.DataFrame]: # and its history
     "The running preset's head on its one-level BLT, from the cache, else trained."
     blt, data, p = get_blt(), preset("data"), preset("head")
@@ -238,6 +241,7 @@ def novelty(
     "How far the last patch has moved what the model expects: 1 - cos(h_n, h_{n-1})."
     return 1 - F.cosine_similarity(states.float(), before.float(), dim=-1)
 
+# %% ../nbs/10_stacked.ipynb #9be319d3
 class NoveltyScore(nn.Module):
     """Two signs that something is over, each against its mean and spread on usual text, added up: how far the state has
     moved (`novelty`, after the mean state is taken off), and how long the last item was (log)."""
@@ -428,6 +432,7 @@ def stacked_config() -> BLTConfig:
     latent = TransformerConfig(width=p.latent_width, layers=p.latent_layers, heads=p.latent_heads)
     return BLTConfig([*one.levels, level], latent, one.ngrams)
 
+# %% ../nbs/10_stacked.ipynb #ca86f656
 def next_level_patcher(
     blt: BLT,      # trained, any number of levels, with its patchers
     seed: int = 2, # of the text
@@ -438,6 +443,7 @@ def next_level_patcher(
     batches = ((ids, None, patches) for ids, patches in map(loader.batch, range(16)))
     return calibrate(NoveltyPatcher(blt.without_patchers(), max_length=p.max_group), batches, p.mean_group)
 
+# %% ../nbs/10_stacked.ipynb #20b8adb1
 def calibrate_own(blt: BLT, loader) -> None: # batches that begin with ids
     "Fix the thresholds of the levels that cut themselves, on some text."
     blt.eval()
