@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'ALERT', 'STYLE', 'model_of', 'read_text', 'patch_rows', 'likely_bytes', 'alike', 'with_patchers', 'grow',
-           'table_page', 'figure_page', 'PatchExplorer']
+           'table_page', 'figure_page', 'PatchExplorer', 'every_rule']
 
 # %% ../nbs/appendix/explorer.ipynb #693046cb
 import base64
@@ -21,13 +21,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .data import EOS_ID, load_passages
-from .entropy import EntropyModel
+from .batching import PatchedLoader
+from .controls import CONTROLS, ControlPatcher, LastByteEntropyPatcher, LengthPatcher
+from .data import EOS_ID, Loader, load_passages
+from .entropy import EntropyModel, get_entropy_model
 from .generation import Sampler, State
 from .model import BLT, Level
-from .patching import EntropyPatcher, Patcher, Patches, ThresholdPatcher, find_threshold
+from .patching import (EntropyPatcher, Patcher, Patches, StaticPatcher, ThresholdPatcher, calibrate,
+                             find_threshold)
 from .show import Cut, Shown, byte_spans, count_lines, cut_short, draw, framed, level_name, parts_of
 from .show import plot_entropies, plural, score_at_bytes, signs
+from .stacked import NextPatchEntropyPatcher, NoveltyPatcher, get_next_patch_entropy_model
+from .training import load_splits, preset
 
 # %% ../nbs/appendix/explorer.ipynb #6e000b1c
 def model_of(
@@ -359,3 +364,18 @@ class PatchExplorer:
     def _repr_mimebundle_(self, **kwargs):
         still = self.still
         return self.box._repr_mimebundle_(**kwargs) | {"text/html": still.page, "text/plain": still.text}
+
+# %% ../nbs/appendix/explorer.ipynb #44066f84
+def every_rule(
+    blt: BLT, # the one-level model of the running preset
+) -> dict[str, list[Patcher]]: # name -> patchers of two levels, as `PatchExplorer` takes them
+    "All rules that cut a model's patches into larger ones, calibrated on training text. Prints what was reached."
+    data, mean, head = preset("data"), preset("stacked").mean_group, get_next_patch_entropy_model()[0].head
+    loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, 2), blt.segment, pool=8)
+    batches = [(ids, None, patches) for ids, patches in map(loader.batch, range(8))]
+    rules = {"novelty": NoveltyPatcher(blt.without_patchers()), "length of the last patch": LengthPatcher(),
+             "U": NextPatchEntropyPatcher(blt.without_patchers(), head),
+             "next byte's entropy": LastByteEntropyPatcher(get_entropy_model())}
+    rules |= {name: ControlPatcher(name) for name in CONTROLS}
+    rules = {f"two levels: {name}": [*blt.patchers, calibrate(patcher, batches, mean)] for name, patcher in rules.items()}
+    return rules | {f"two levels: every {mean:.0f}": [*blt.patchers, StaticPatcher(round(mean))]}
