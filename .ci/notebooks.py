@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -187,56 +189,76 @@ def keep_outputs() -> None:
 class Progress:
     "Where the series is and how long it will take: one live line on a terminal, a line every half minute elsewhere."
 
-    def __init__(self, paths: list[Path], preset: str):
-        self.ahead = {path: expected(path, preset) for path in paths}  # seconds
+    def __init__(self, paths: list[Path], preset: str, workers: int):
+        self.left = {path: expected(path, preset) for path in paths}  # seconds, or since when it runs the time it ends
+        self.running, self.workers = set(), workers
         self.began, self.said, self.live = time.monotonic(), time.monotonic(), sys.stdout.isatty()
 
     def start(self, path: Path) -> None:
-        self.path, self.until = path, time.monotonic() + self.ahead.pop(path)
+        self.running.add(path)
+        self.left[path] += time.monotonic()
 
-    def say(self, text: str, passing: bool = False) -> None:
+    def end(self, path: Path) -> None:
+        self.running.remove(path)
+        del self.left[path]
+
+    def say(self, path: Path, text: str, passing: bool = False) -> None:
         "A line with the time so far and the time left, which the next one overwrites if it is `passing`."
         self.said = time.monotonic()
-        left = sum(self.ahead.values()) + max(0, self.until - self.said)
-        line = f"{timedelta(seconds=int(self.said - self.began))}  ~{left / 60:.0f} min left  {self.path.stem}: {text}"
+        left = sum(max(0, s - self.said) if path in self.running else s for path, s in self.left.items()) / self.workers
+        line = f"{timedelta(seconds=int(self.said - self.began))}  ~{left / 60:.0f} min left  {path.stem}: {text}"
         if self.live:
             line = "\r\033[K" + (line[: shutil.get_terminal_size().columns - 1] if passing else line)
         print(line, end="" if passing and self.live else "\n", flush=True)
 
-    def __call__(self, at: str, printed: str) -> None:
+    def heard(self, path: Path, at: str, printed: str) -> None:
         "What a cell is at."
         line = printed.replace("\r", "\n").strip().rpartition("\n")[2]
         if line and (self.live or time.monotonic() - self.said > 30):
-            self.say(f"{at}: {line}", passing=True)
+            self.say(path, f"{at}: {line}", passing=True)
 
 
 def run_series() -> None:
     "Export the package, run the notebooks of the path in order, and show what came of it."
-    preset, paths = os.environ.get("BLT_PRESET", "laptop"), series_notebooks()
+    preset, (*stages, index) = os.environ.get("BLT_PRESET", "laptop"), series_notebooks()
     if preset not in PRESETS:
         sys.exit(f"BLT_PRESET={preset!r} is not a preset: choose one of {', '.join(PRESETS)}")
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=ROOT, check=True)
     shutil.rmtree(SERIES, ignore_errors=True)
     SERIES.mkdir()
-    progress = Progress(paths, preset)
-    for path in paths:
+    workers = 1 if any(training_time(path, preset) for path in stages) else 2  # nothing to train: two at a time
+    progress = Progress([*stages, index], preset, workers)
+
+    def one(path: Path) -> None:
         trains, began = training_time(path, preset), time.monotonic()
         progress.start(path)
-        progress.say(f"begins, at preset {preset}", passing=True)
-        nb, error = run(path, preset, progress=progress)
-        seconds, progress.until = time.monotonic() - began, 0
-        progress.say(f"{'failed' if error else 'ok'}, {seconds:.0f} s")
+        progress.say(path, f"begins, at preset {preset}", passing=True)
+        nb, error = run(path, preset, progress=partial(progress.heard, path),
+                        **{"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+        seconds = time.monotonic() - began
+        progress.end(path)
+        progress.say(path, f"{'failed' if error else 'ok'}, {seconds:.0f} s")
         tidy(nb)
         nb.metadata.series = dict(preset=preset, failed=bool(error))
         nbformat.write(nb, SERIES / path.name)
         if error:
             sys.exit(f"\n{path.relative_to(ROOT)}: {error}\n\nas far as it got: _series/{path.name}")
-        if not trains:
+        if not trains and workers == 1:
             durations(**{f"{preset} {path.stem}": round(seconds, 1)})
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(one, path) for path in stages]:
+            try:
+                done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    one(index)
     from blt_nb.training import results  # of the stages that the notebooks have just trained or loaded
     rows, models = results(), folder_of("checkpoints", preset).relative_to(ROOT)
     columns = [c for c in ("parameters", "bytes_seen", "bpb", "mean_patch", "mean_group", "seconds") if c in rows]
-    print(f"\n{rows[columns].to_string(na_rep='', float_format='{:,.3f}'.format)}\n\n"
+    print(f"\nin {timedelta(seconds=int(time.monotonic() - progress.began))}:\n\n"
+          f"{rows[columns].to_string(na_rep='', float_format='{:,.3f}'.format)}\n\n"
           f"models and what is known of them: {models}/   executed notebooks: _series/\n"
           "`make html` makes pages of them; `make outputs` puts their outputs into nbs/ (preset laptop)")
 
