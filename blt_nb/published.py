@@ -44,6 +44,7 @@ DEFAULTS = { # what a published configuration leaves out has these values
                                    hidden_size_global=2048),
 }
 
+# %% ../nbs/14_published.ipynb #9cb5492f
 def settings_of(
     published: Mapping, # contents of a config.json with model_type "blt", or `BltConfig.to_dict()`
     part: str = "",     # of it, a key of `DEFAULTS`; "" for what lies in no part
@@ -159,6 +160,7 @@ def halves_to_pairs(weight: Tensor, heads: int) -> Tensor: # (heads · head_widt
     "From our order of rows to the published one."
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
+# %% ../nbs/14_published.ipynb #17b31b5b
 @dataclass
 class Weight:
     "A tensor of a `BLT` and the published tensors that it is made of."
@@ -253,6 +255,7 @@ def from_transformers(
     blt.load_state_dict({w.ours: w.join([tensors[name] for name in w.theirs]) for w in weight_map(sizes)})
     return blt.eval()
 
+# %% ../nbs/14_published.ipynb #e41e643a
 def to_transformers(
     blt: BLT, # with the settings of a published model: from `from_transformers`, or built like one
 ): # a `transformers.BltForCausalLM`, a copy, on the CPU, for use (`eval`)

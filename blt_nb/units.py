@@ -40,6 +40,7 @@ def read_conllu(
         documents[-1].append(sentence)
     return [gold_text(document) for document in documents]
 
+# %% ../nbs/11_units.ipynb #9208cdd4
 def gold_text(
     document: Sequence[conllu.TokenList], # the sentences of a text
 ) -> GoldText:
@@ -129,6 +130,7 @@ def auc(
     n = hits.sum()
     return float((ranks[hits].sum() - n * (n + 1) / 2) / (n * (len(hits) - n))) if 0 < n < len(hits) else float("nan")
 
+# %% ../nbs/11_units.ipynb #7220aef2
 def judge(
     boundaries: pd.DataFrame, # from `score_boundaries`
     rule: str,                # column of the scores
@@ -156,6 +158,7 @@ def judge(
     arcs = b.arcs[chosen & inside].mean() / chance.arcs[chance.between_words].mean() if b.arcs.any() else float("nan")
     return result | {"arcs": arcs, "between words": inside[chosen].mean()}
 
+# %% ../nbs/11_units.ipynb #9ec18557
 def bootstrap(
     boundaries: pd.DataFrame, # from `score_boundaries`
     rule: str,
