@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import OFFSET
 from .entropy import hash_powers, ngram_hashes
 from .patching import EntropyPatcher, ThresholdPatcher, complete_items
-from .stacked import at_patch_ends, last_bytes
+from .uncertainty import at_patch_ends, last_bytes
 
 # %% ../nbs/appendix/controls.ipynb #bd4b767a
 def hash_noise(

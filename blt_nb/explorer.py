@@ -31,8 +31,9 @@ from .patching import (EntropyPatcher, Patcher, Patches, StaticPatcher, Threshol
                              find_threshold)
 from .show import Cut, Shown, byte_spans, count_lines, cut_short, draw, framed, level_name, parts_of
 from .show import plot_entropies, plural, score_at_bytes, signs
-from .stacked import NextPatchEntropyPatcher, NoveltyPatcher, get_next_patch_entropy_model
+from .stacked import NextPatchEntropyPatcher, NoveltyPatcher
 from .training import load_splits, preset
+from .uncertainty import get_next_patch_entropy_model
 
 # %% ../nbs/appendix/explorer.ipynb #6e000b1c
 def model_of(

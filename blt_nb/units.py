@@ -16,7 +16,7 @@ import conllu, numpy as np, pandas as pd, torch
 
 from .data import BOS_ID, eval_spans, load_passages, stream_of, user_path
 from .model import BLT
-from .stacked import last_bytes
+from .uncertainty import last_bytes
 
 # %% ../nbs/11_units.ipynb #60511725
 UNITS = ("phrases", "clauses", "discourse units", "sentences", "ideas", "paragraphs")

@@ -17,7 +17,8 @@ from ..data import OFFSET
 from ..batching import PatchedLoader, round_up
 from ..model import BLT, LR_SCALE, Level
 from ..patching import ThresholdPatcher, complete_items
-from ..stacked import BackbonePatcher, last_bytes
+from ..stacked import BackbonePatcher
+from ..uncertainty import last_bytes
 from ..training import fit
 from ..transformer import init_linear
 

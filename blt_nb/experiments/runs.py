@@ -29,8 +29,8 @@ from ..batching import PatchedLoader
 from ..model import BLT, BLTConfig, LevelConfig, ablate_latent
 from ..patching import EntropyPatcher, Patcher, SpacePatcher, StaticPatcher, calibrate, mean_length
 from ..controls import ControlPatcher, LastByteEntropyPatcher, LengthPatcher
-from ..stacked import (NextPatchEntropyPatcher, NoveltyPatcher, OwnNoveltyPatcher, calibrate_own,
-                            train_next_patch_entropy_model)
+from ..stacked import NextPatchEntropyPatcher, NoveltyPatcher, OwnNoveltyPatcher, calibrate_own
+from ..uncertainty import train_next_patch_entropy_model
 from ..training import (PRESETS, Series, bits_per_byte, fit, folder_of, hardware, next_id_loss, preset_name, round_bf16,
                              series)
 from ..transformer import TransformerConfig

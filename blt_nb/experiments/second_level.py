@@ -21,7 +21,8 @@ from .runs import (SELF_CUTTING, Results, Trial, base_of, corpus_fingerprint, de
 from ..batching import PatchedLoader
 from ..model import BLT, get_blt
 from ..controls import ControlPatcher, LastByteEntropyPatcher, LengthPatcher
-from ..stacked import NextPatchEntropyPatcher, NoveltyPatcher, get_stacked, train_next_patch_entropy_model
+from ..stacked import NextPatchEntropyPatcher, NoveltyPatcher, get_stacked
+from ..uncertainty import train_next_patch_entropy_model
 from ..training import hardware, preset_name
 from ..units import bootstrap, read_conllu, score_boundaries
 
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None: # None: those of the comma
     parser.add_argument("--out", type=Path, help="folder of the table; default: data/results")
     given = parser.parse_args(arguments)
     trial = dataclasses.replace(next(t for t in trials(preset_name()) if t.levels == ("novelty",)), corpus=given.corpus)
-    models, trained = [get_blt, get_stacked], {}
+    models, trained = [get_blt, get_stacked], {"own novelty": get_stacked().to(device())} # how the series' second level cuts
     if given.corpus != "books":
         models = [lambda n=n: base_of(dataclasses.replace(trial, levels=n * ("novelty",))) for n in (1, 2)]
         trained = {rule: run_trial(dataclasses.replace(trial, levels=(rule,)))[1] for rule in SELF_CUTTING}
