@@ -113,7 +113,7 @@ class Patches:
             starts[row, where], mask[row, :where[-1] + 1] = True, True
         return cls(starts, mask)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Patches": # with all that was computed of it
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Patches": # with what was computed of it
         "Move to another device, see `Tensor.to`. A batch that `prepare` has been called on makes no GPU wait."
         moved = copy.copy(self)
         for name, value in vars(self).items():
