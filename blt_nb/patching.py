@@ -170,7 +170,7 @@ def force_starts(
     last = torch.where(starts, positions, 0).cummax(1).values # the last start up to here, forced ones aside
     return starts | ((positions - last) % max_length == 0)
 
-# %% ../nbs/05_patching.ipynb #f4062699
+# %% ../nbs/05_patching.ipynb #08a8293b
 @dataclass
 class PatcherState:
     "What a patcher knows of the texts so far, to go on item after item."
@@ -179,6 +179,7 @@ class PatcherState:
     before: Tensor # (B,) score of the last item
     memory: Any = None # what else a patcher's scores need
 
+# %% ../nbs/05_patching.ipynb #f4062699
 class Patcher(nn.Module):
     """Decides where patches start, from a score of each item: `patcher(ids, lengths, below)` gives `Patches`.
     A subclass has `scores`, `next_score` for one item more, and a `rule` that both ways of cutting share. It sets
