@@ -62,14 +62,12 @@ class NgramConfig:
         if not 1 <= self.functions <= len(PRIMES):
             raise ValueError(f"functions is {self.functions}; it must be in 1..{len(PRIMES)}")
 
+# %% ../nbs/04_entropy.ipynb #47e8ab74
 class NgramEmbedding(nn.Module):
     "A vector for the n-grams that end at each byte: rows looked up by hash, then projected, or added up."
     compiles = True # see `blt_nb.training.fit`
 
-    def __init__(self,
-        config: NgramConfig,
-        width: int, # d, width of the vector
-    ):
+    def __init__(self, config: NgramConfig, width: int): # d, width of the vector
         super().__init__()
         self.config, tables, row = config, len(config.sizes) * config.functions, config.width or width
         self.table = nn.Embedding(tables * config.rows, row) # one table after the other
@@ -90,10 +88,7 @@ class NgramEmbedding(nn.Module):
 # %% ../nbs/04_entropy.ipynb #0fa60845
 class ByteEmbedding(nn.Module):
     "A vector for each byte: its own, and those of the n-grams that end there."
-    def __init__(self,
-        width: int, # d
-        ngrams: NgramConfig | None, # None: bytes only
-    ):
+    def __init__(self, width: int, ngrams: NgramConfig | None): # d; None: bytes only
         super().__init__()
         self.bytes = nn.Embedding(VOCAB_SIZE, width)
         nn.init.normal_(self.bytes.weight, std=width ** -0.5)
@@ -112,10 +107,8 @@ class ByteEmbedding(nn.Module):
         "Only the projection multiplies; looking rows up is free."
         return 2.0 * self.ngrams.project.weight.numel() if self.ngrams and self.ngrams.project else 0.0
 
-    def last(self,
-        ids: Tensor, # (B, C) the last ids of each text, at least `reach` of them or all, after zeros
-    ) -> Tensor: # (B, 1, d)
-        "The vector of the last id."
+    def last(self, ids: Tensor) -> Tensor: # (B, C) to (B, 1, d)
+        "The vector of the last id, from the last ids of each text: at least `reach` of them or all, after zeros."
         ids = ids[:, -self.reach:]
         return self(ids, ids.shape[1] - 1)
 
@@ -142,9 +135,7 @@ class EntropyConfig:
 # %% ../nbs/04_entropy.ipynb #91279533
 class EntropyModel(nn.Module, Pretrained):
     "A small byte language model. Patches start where it is uncertain about the next byte (paper, section 2.3)."
-    def __init__(self,
-        config: EntropyConfig,
-    ):
+    def __init__(self, config: EntropyConfig):
         super().__init__()
         self.config = copy.deepcopy(config)
         self.embed = ByteEmbedding(config.transformer.width, config.ngrams)
@@ -176,9 +167,7 @@ class EntropyModel(nn.Module, Pretrained):
         check_ids(ids)
         return entropy_of(self(ids, cache))
 
-    def flops(self,
-        window: int, # bytes read together
-    ) -> float: # FLOPs of a forward pass for one byte
+    def flops(self, window: int) -> float: # bytes read together; FLOPs of a forward pass for one byte
         "See `transformer_flops`."
         return self.embed.flops() + transformer_flops(self.config.transformer, window) + 2.0 * self.head.weight.numel()
 

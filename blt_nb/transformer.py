@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['compiled_flex', 'BRANCHES', 'TransformerConfig', 'RMSNorm', 'SwiGLU', 'rope_table', 'rotate', 'band_mask',
-           'band_blocks', 'windowed_attention', 'Attention', 'Block', 'init_linear', 'KVCache', 'Transformer',
-           'transformer_flops']
+           'band_blocks', 'windowed_attention', 'Attention', 'Block', 'init_linear', 'KVSlots', 'KVCache',
+           'Transformer', 'transformer_flops']
 
 # %% ../nbs/02_transformer.ipynb #49833ab5
 import math
@@ -48,31 +48,21 @@ class TransformerConfig:
 # %% ../nbs/02_transformer.ipynb #1ef4c441
 class RMSNorm(nn.Module):
     "Divides each vector by its root mean square, then scales each number by a learned weight (arXiv:1910.07467)."
-    def __init__(self,
-        width: int,         # d
-        eps: float = 1e-5,  # added to the mean square, so that zeros stay zeros
-    ):
+    def __init__(self, width: int, eps: float = 1e-5): # d; added to the mean square, so that zeros stay zeros
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self,
-        x: Tensor, # (..., d)
-    ) -> Tensor: # (..., d), in the dtype of x
+    def forward(self, x: Tensor) -> Tensor: # (..., d) both, in the dtype of x
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 class SwiGLU(nn.Module):
     "The feed-forward half of a block: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."
-    def __init__(self,
-        width: int,  # d
-        hidden: int, # width inside
-    ):
+    def __init__(self, width: int, hidden: int): # d, and the width inside
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self,
-        x: Tensor, # (..., d)
-    ) -> Tensor: # (..., d)
+    def forward(self, x: Tensor) -> Tensor: # (..., d) both
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
@@ -120,6 +110,7 @@ def band_blocks(
 
 compiled_flex = lru_cache(1)(lambda: torch.compile(flex_attention)) # uncompiled it would hold all T × T scores
 
+# %% ../nbs/02_transformer.ipynb #33c03566
 def windowed_attention(
     q: Tensor, # (B, h, T, head_width)
     k: Tensor, # (B, h_kv, T, head_width)
@@ -149,9 +140,7 @@ def windowed_attention(
 # %% ../nbs/02_transformer.ipynb #3eec332c
 class Attention(nn.Module):
     "Causal self-attention with rotary positions, a window, and shared heads of keys and values."
-    def __init__(self,
-        config: TransformerConfig,
-    ):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.kv_heads, self.window = config.heads, config.kv_heads, config.window
         self.head_width = config.width // config.heads
@@ -173,9 +162,7 @@ class Attention(nn.Module):
 # %% ../nbs/02_transformer.ipynb #eea58300
 class Block(nn.Module):
     "Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."
-    def __init__(self,
-        config: TransformerConfig,
-    ):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(config.width, config.eps), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.width, config.eps), SwiGLU(config.width, config.hidden)
@@ -201,8 +188,8 @@ def init_linear(
             nn.init.trunc_normal_(layer.weight, std=std, a=-3 * std, b=3 * std)
 
 # %% ../nbs/02_transformer.ipynb #0118dea4
-class KVCache:
-    """Keys and values of all layers of a stack, for rows whose lengths may differ.
+class KVSlots:
+    """Where the keys and values of all layers of a stack lie, for rows whose lengths may differ.
 
     Position p of a row lies in slot p % S. With a window S is the window, so that old positions are overwritten;
     without one there are at least as many slots as positions."""
@@ -220,14 +207,19 @@ class KVCache:
     def slots(self) -> int: # S
         return self.k.shape[3]
 
-    def reserve(self,
-        positions: int, # that each row may have, at least
-    ) -> None:
+    def reserve(self, positions: int) -> None: # that each row may have, at least
         "Make room, if there is too little. Positions keep their slots."
         if positions <= self.slots or self.slots == self.window: return
         more = (self.window or max(64, 2 * positions)) - self.slots
         self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
 
+    def write(self, layer: int, row: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
+        "Keep n keys and values (n, h_kv, head_width), each in its row (n,) and slot (n,)."
+        self.k[layer, row, :, slot], self.v[layer, row, :, slot] = k.to(self.k), v.to(self.v) # autocast makes bf16
+
+# %% ../nbs/02_transformer.ipynb #aec0d48f
+class KVCache(KVSlots):
+    "Keys and values that are kept, and attention to them."
     def attend_all(self,
         layer: int,
         q: Tensor, # (B, h, T, head_width) of the first T positions, of which `lengths` are real in each row
@@ -238,8 +230,7 @@ class KVCache:
         self.reserve(k.shape[2])
         position, length = torch.arange(k.shape[2], device=k.device), self.lengths[:, None]
         row, position = ((position < length) & (position >= length - self.slots)).nonzero(as_tuple=True)
-        self.k[layer, row, :, position % self.slots] = k[row, :, position].to(self.k) # autocast makes bf16
-        self.v[layer, row, :, position % self.slots] = v[row, :, position].to(self.v)
+        self.write(layer, row, position % self.slots, k[row, :, position], v[row, :, position])
         return windowed_attention(q, k, v, self.window)
 
     def next(self,
@@ -261,31 +252,23 @@ class KVCache:
         v: Tensor,    # (B, h_kv, 1, head_width)
     ) -> Tensor: # (B, h, 1, head_width)
         "Attention of one more position to those that are kept."
-        rows = torch.arange(len(slot), device=slot.device)
-        self.k[layer, rows, :, slot], self.v[layer, rows, :, slot] = k[:, :, 0].to(self.k), v[:, :, 0].to(self.v)
+        self.write(layer, torch.arange(len(slot), device=slot.device), slot, k[:, :, 0], v[:, :, 0])
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], attn_mask=seen, enable_gqa=shared)
 
 # %% ../nbs/02_transformer.ipynb #7dc385bc
 class Transformer(nn.Module):
     "Blocks in a row. No embedding before and no norm after: whoever uses it adds those."
-    def __init__(self,
-        config: TransformerConfig,
-    ):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.config, self.blocks = config, nn.ModuleList(Block(config) for _ in range(config.layers))
         init_linear(self, depth=max(BRANCHES, 2 * config.layers))
 
-    def rope(self,
-        positions: Tensor, # (...) in the text
-    ) -> tuple[Tensor, Tensor]: # (..., head_width)
-        "The rotary angles that all blocks share."
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: # (...) in the text; twice (..., head_width)
+        "The rotary angles that all blocks share, see `rope_table`."
         return rope_table(positions, self.config.width // self.config.heads, self.config.theta)
 
-    def cache(self,
-        rows: int, # B
-    ) -> KVCache:
+    def cache(self, rows: int) -> KVCache: # B
         "An empty cache, for `forward` to fill and `step` to go on from."
         return KVCache(self.config, self.blocks[0].attention.qkv.weight, rows)
 
