@@ -77,6 +77,7 @@ def read_inputs(
     for name, text, _ in read_documents(rows(), column): yield name, text.encode()
     if name is None: raise ValueError(f"there is no text in {', '.join(files) or 'standard input'}")
 
+# %% ../nbs/13_your_text.ipynb #cc3cf7fe
 def open_model(
     path: str | Path, # a folder of `blt_train` (its last stage is taken), of one stage or of a saved model, or a Hub id
 ) -> BLT | EntropyModel: # on the GPU if there is one
@@ -105,6 +106,7 @@ def window_of(model: BLT | EntropyModel, asked: int | None = None) -> int: # ids
     if asked < 2: raise ValueError(f"--window is {asked}; it must be at least 2 ids, BOS and a byte")
     return asked
 
+# %% ../nbs/13_your_text.ipynb #54a7661f
 def parser_of(
     name: str,        # of the command
     description: str,
@@ -141,6 +143,7 @@ def check_start(
                 raise ValueError(f"{out / stage} is in the way: it was made with another {' and '.join(other)}; "
                                  "take another --out, or remove it")
 
+# %% ../nbs/13_your_text.ipynb #4ae502f1
 def train_series(args: argparse.Namespace) -> None: # of `blt_train`
     "Train each stage that isn't there yet. `RuntimeError` where another of several processes has died."
     if not args.out: raise ValueError("--out is empty; name a folder, '.' for the one you are in")
@@ -169,6 +172,7 @@ def train_series(args: argparse.Namespace) -> None: # of `blt_train`
                                    f"command goes on from the last checkpoint. The error here: {error}") from error
             if not number: emit(stage=stage, **read_json(out / stage / "training.json", "result").get("result", {}))
 
+# %% ../nbs/13_your_text.ipynb #5858b6d8
 def blt_train(arguments: Sequence[str] | None = None) -> int: # exit status; None: of the process
     "The command `blt_train`: every stage of the series on someone's own text."
     parser = parser_of(
@@ -210,6 +214,7 @@ def lines_below(cut: Cut) -> tuple[dict[str, dict[int, str]], list[str]]: # name
                       f"{low:.1f} {BLOCKS} {high:.1f}{' nats' * ('entropy' in patcher.kind)}")
     return lines, scales
 
+# %% ../nbs/13_your_text.ipynb #87bbf494
 def columns_of(text: str) -> int: # of a terminal: two for a wide character, none for an accent by itself
     return sum((unicodedata.category(c) != "Mn") * (1 + (unicodedata.east_asian_width(c) in "WF")) for c in text)
 
@@ -239,6 +244,7 @@ def draw_lines(
     if colour: rows = [[row[0], *(f"\033[38;5;67m{line}\033[0m" for line in row[1:])] for row in rows] # greyish blue
     return "\n\n".join("\n".join(line.rstrip() for line in row) for row in rows)
 
+# %% ../nbs/13_your_text.ipynb #80c5c261
 def try_text(args: argparse.Namespace) -> None: # of `blt_try`
     "A text cut, scored and continued."
     text, width = args.text.encode("utf-8", "surrogateescape"), min(shutil.get_terminal_size().columns, 100)
@@ -291,6 +297,7 @@ def blt_patch(arguments: Sequence[str] | None = None) -> int: # exit status; Non
     parser.add_argument("--window", type=int, help="ids read together; a patch never goes beyond (default: as trained)")
     return run_command(parser, patch_documents, arguments)
 
+# %% ../nbs/13_your_text.ipynb #f7a338a3
 def write_documents(args: argparse.Namespace) -> None: # of `blt_generate`
     "What the model writes after each prompt."
     if args.prompt is not None and args.files:
