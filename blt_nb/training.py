@@ -277,7 +277,8 @@ def round_bf16(model: nn.Module) -> nn.Module: # the same one
 def train_stage(stage: str, model: nn.Module, loader, watched, steps: int, lr: float, seed: int = 0,
                 measure: Callable | None = None, finish: Callable | None = None) -> pd.DataFrame: # the history
     """Train, round to bf16, score and save a stage, a `Pretrained`. `watched` is a loader of validation text,
-    `measure(history)` gives more figures, `finish()` is called after training. In a series with a folder, an interrupted training goes on where it was."""
+    `measure(history)` gives more figures, `finish()` is called after training. In a series with a folder, an
+    interrupted training goes on where it was."""
     identity, running, folder = stage_identity(stage), SERIES.get(), folder_of("checkpoints") / stage
     mark, text = hashlib.sha256(json.dumps([identity, seed]).encode()).hexdigest()[:12], user_path(running.corpus)
     text = text.resolve().name if text.exists() else str(text) # where it lies is nobody's business
