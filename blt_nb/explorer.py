@@ -378,5 +378,5 @@ def every_rule(
              "U": NextPatchEntropyPatcher(blt.without_patchers(), head),
              "next byte's entropy": LastByteEntropyPatcher(get_entropy_model())}
     rules |= {name: ControlPatcher(name) for name in CONTROLS}
-    rules = {f"two levels: {name}": [*blt.patchers, calibrate(patcher, batches, mean)] for name, patcher in rules.items()}
+    rules = {f"two levels: {name}": [*blt.patchers, calibrate(rule, batches, mean)] for name, rule in rules.items()}
     return rules | {f"two levels: every {mean:.0f}": [*blt.patchers, StaticPatcher(round(mean))]}

@@ -153,7 +153,7 @@ class Level(nn.Module):
         return x, groups, patches
 
     def encode_step(self, x, end, state, active=None, length=None): # arguments as in `step`
-        "`encode` for one item more: it (B, 1, d); groups (B, 1, group_width) or None; which are over (B,); their items."
+        "`encode` for one item: it (B, 1, d); groups (B, 1, group_width) or None; which are over (B,); their lengths."
         x = self.encoder.transformer.step(x, state.encoder, active)
         if not isinstance(end, Tensor): end = end(x, length, active)
         rows = torch.arange(len(x), device=x.device)

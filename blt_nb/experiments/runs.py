@@ -281,7 +281,7 @@ def build_blt(
         def loss(model, ids, patches): return next_id_loss(model(ids, patches), ids) + RATIO_LOSS * level.ratio_loss
     segment = partial(model.segment, levels=model.ahead)
     means = tuple(map(mean_length, zip(*(segment(plain.batch(i)) for i in range(8)))))
-    means += (trial.size("stacked")["mean_group"],) * (len(model.patchers) - len(means)) # what levels that cut themselves aim at
+    means += (trial.size("stacked")["mean_group"],) * (len(model.patchers) - len(means)) # what others aim at
     parts = model.flops(means, window)
     cutting = sum(value for part, value in parts.items() if part.startswith("cutting"))
     loader = PatchedLoader(plain, segment, ratio=1.25 if torch.cuda.is_available() else 1.0)

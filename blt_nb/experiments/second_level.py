@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None: # None: those of the comma
     parser.add_argument("--out", type=Path, help="folder of the table; default: data/results")
     given = parser.parse_args(arguments)
     trial = dataclasses.replace(next(t for t in trials(preset_name()) if t.levels == ("novelty",)), corpus=given.corpus)
-    models, trained = [get_blt, get_stacked], {"own novelty": get_stacked().to(device())} # how the series' second level cuts
+    models, trained = [get_blt, get_stacked], {"own novelty": get_stacked().to(device())}
     if given.corpus != "books":
         models = [lambda n=n: base_of(dataclasses.replace(trial, levels=n * ("novelty",))) for n in (1, 2)]
         trained = {rule: run_trial(dataclasses.replace(trial, levels=(rule,)))[1] for rule in SELF_CUTTING}
