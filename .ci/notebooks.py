@@ -220,14 +220,14 @@ class Progress:
 
 def run_series() -> None:
     "Export the package, run the notebooks of the path in order, and show what came of it."
-    preset, (*stages, index) = os.environ.get("BLT_PRESET", "laptop"), series_notebooks()
+    preset, paths = os.environ.get("BLT_PRESET", "laptop"), series_notebooks()
     if preset not in PRESETS:
         sys.exit(f"BLT_PRESET={preset!r} is not a preset: choose one of {', '.join(PRESETS)}")
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=ROOT, check=True)
     shutil.rmtree(SERIES, ignore_errors=True)
     SERIES.mkdir()
-    workers = 1 if any(training_time(path, preset) for path in stages) else 2  # nothing to train: two at a time
-    progress = Progress([*stages, index], preset, workers)
+    workers = 1 if any(training_time(path, preset) for path in paths) else 2  # nothing to train: two at a time
+    progress = Progress(paths, preset, workers)
 
     def one(path: Path) -> None:
         trains, began = training_time(path, preset), time.monotonic()
@@ -247,13 +247,12 @@ def run_series() -> None:
             durations(**{f"{preset} {path.stem}": round(seconds, 1)})
 
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(one, path) for path in stages]:
+        for done in [pool.submit(one, path) for path in paths]:
             try:
                 done.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    one(index)
     from blt_nb.training import results  # of the stages that the notebooks have just trained or loaded
     rows, models = results(), folder_of("checkpoints", preset).relative_to(ROOT)
     columns = [c for c in ("parameters", "bytes_seen", "bpb", "mean_patch", "mean_group", "seconds") if c in rows]

@@ -20,7 +20,8 @@ from .model import BLT, BLTConfig, LevelConfig, blt_config, get_blt, train_blt_s
 from .patching import Patcher, Patches, ThresholdPatcher, calibrate, complete_items, level_items
 from .training import config_from_json, load_or_train, load_splits, preset
 from .transformer import TransformerConfig
-from .uncertainty import NextPatchEntropyHead, NextPatchEntropyModel, at_patch_ends, last_bytes
+from .uncertainty import (NextPatchEntropyHead, NextPatchEntropyModel, at_patch_ends, get_next_patch_entropy_model,
+                                last_bytes)
 
 # %% ../nbs/10_stacked.ipynb #8f16e162
 class BackbonePatcher(ThresholdPatcher):
@@ -288,14 +289,18 @@ def stacked_config() -> BLTConfig:
 
 # %% ../nbs/10_stacked.ipynb #ca86f656
 def next_level_patcher(
-    blt: BLT,      # trained, any number of levels, with its patchers
+    blt: BLT, # trained, any number of levels, with its patchers
+    rule: str = "novelty", # or "U"
     seed: int = 2, # of the text
-) -> NoveltyPatcher: # calibrated to the running preset's mean length on training text
-    "What cuts the innermost patches of a trained BLT into larger ones: how far they move it."
-    data, p = preset("data"), preset("stacked")
-    loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed), blt.segment)
+) -> BackbonePatcher: # calibrated to the running preset's mean length on training text
+    "What cuts the innermost patches of a trained BLT into larger ones, by name. `ValueError` for an unknown rule."
+    if rule not in ("novelty", "U"): raise ValueError(f"rule is {rule!r}; take 'novelty' or 'U'")
+    data, p, backbone = preset("data"), preset("stacked"), blt.without_patchers()
+    if rule == "novelty": patcher = NoveltyPatcher(backbone, max_length=p.max_group)
+    else: patcher = NextPatchEntropyPatcher(backbone, get_next_patch_entropy_model(blt)[0].head, max_length=p.max_group)
+    loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed), blt.segment, pool=16)
     batches = ((ids, None, patches) for ids, patches in map(loader.batch, range(16)))
-    return calibrate(NoveltyPatcher(blt.without_patchers(), max_length=p.max_group), batches, p.mean_group)
+    return calibrate(patcher, batches, p.mean_group)
 
 # %% ../nbs/10_stacked.ipynb #20b8adb1
 def calibrate_own(blt: BLT, loader) -> None: # batches that begin with ids

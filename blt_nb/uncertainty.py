@@ -151,9 +151,11 @@ def train_next_patch_entropy_model(
     return model.eval(), history
 
 # %% ../nbs/appendix/uncertainty.ipynb #0f4d7ff5
-def get_next_patch_entropy_model() -> tuple[NextPatchEntropyModel, pd.DataFrame]: # and its history
-    "The running preset's head on its one-level BLT, from the cache, else trained."
-    blt, data, p = get_blt(), preset("data"), preset("head")
+def get_next_patch_entropy_model(
+    blt: BLT | None = None, # trained, with its patchers; None: the one-level BLT of the running preset
+) -> tuple[NextPatchEntropyModel, pd.DataFrame]: # and its history
+    "The running preset's head on a BLT, from the cache, else trained."
+    blt, data, p = blt or get_blt(), preset("data"), preset("head")
     def train(folder):
         loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed=2), blt.segment, pool=8)
         model, history = train_next_patch_entropy_model(blt, loader, p.hidden, p.steps, p.lr)
