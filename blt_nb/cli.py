@@ -209,7 +209,9 @@ def lines_below(cut: Cut) -> tuple[dict[str, dict[int, str]], list[str]]: # name
         where = [end - 1 for _, end in spans[level - 1][1:overs[level]]] if level else range(1, len(cut.ids))
         values = (cut.scores[level][0, 1:overs[level]] if level else cut.scores[0][0, :-1]).tolist()
         low, high = min([0.0, *values]), max([0.1, *values])
-        lines[patcher.kind] = {i: BLOCKS[int(7.99 * (v - low) / (high - low))] for i, v in zip(where, values)}
+        name = patcher.kind.split()[-1]
+        name = name if name not in lines else f"{name[:6]} {level + 1}"
+        lines[name] = {i: BLOCKS[int(7.99 * (v - low) / (high - low))] for i, v in zip(where, values)}
         scales.append(f"{patcher.kind} {f'at the end of a {level_name(level)}' if level else 'of the next byte'}: "
                       f"{low:.1f} {BLOCKS} {high:.1f}{' nats' * ('entropy' in patcher.kind)}")
     return lines, scales
