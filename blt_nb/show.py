@@ -18,7 +18,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from .data import OFFSET, check_ids, documents, encode, eval_batches
-from .drawing import * # Shown, byte_spans, count_lines, draw, framed, level_name, plural, shown_bytes, signs
+from .drawing import (Shown, byte_spans, count_lines, draw, framed, level_name, mark, plural, shown_bytes,
+                            signs)
 from .patching import Patcher, Patches, ThresholdPatcher, level_items
 
 # %% ../nbs/06_inspecting.ipynb #f913fe56
