@@ -17,9 +17,8 @@ import numpy as np, torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from .files import (FILE_KINDS, HUB_ID, PACKED, SIDES, SPLITS, cached, cut_text, data_dir, file_rows, find_files,
-                          for_validation, hub_rows, hub_stream, kind_of, load_books, load_corpus, name_hash,
-                          read_documents, read_json, replacing, shipped, store, user_path, utf8, why_not_on_hub)
+from .files import (SPLITS, cached, data_dir, file_rows, find_files, load_corpus, read_documents, read_json,
+                          replacing, shipped, user_path, utf8, why_not_on_hub)
 
 # %% ../nbs/01_data.ipynb #b022fc94
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3 # beginning of example and of sequence, end of a document, padding

@@ -22,7 +22,7 @@ from .data import VOCAB_SIZE, Loader, eval_batches
 from .entropy import ByteEmbedding, EntropyConfig, EntropyModel, NgramConfig, get_entropy_model
 from .local import LocalDecoder, LocalEncoder
 from .patching import EntropyPatcher, Patcher, Patches, calibrate, mean_length, patcher_from_dict
-from .training import SERIES, Pretrained, load_or_train, load_splits, my_part, preset, train_stage
+from .training import SERIES, Pretrained, load_or_train, load_splits, preset, train_stage
 from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, init_linear, transformer_flops
 
 # %% ../nbs/08_blt.ipynb #4ea43553

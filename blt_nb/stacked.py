@@ -20,7 +20,7 @@ from .model import BLT, BLTConfig, LevelConfig, blt_config, get_blt, train_blt_s
 from .patching import Patcher, Patches, ThresholdPatcher, calibrate, complete_items, level_items
 from .training import config_from_json, load_or_train, load_splits, preset
 from .transformer import TransformerConfig
-from .uncertainty import (NextPatchEntropyHead, NextPatchEntropyModel, at_patch_ends, get_next_patch_entropy_model,
+from .uncertainty import (NextPatchEntropyHead, NextPatchEntropyModel, get_next_patch_entropy_model,
                                 last_bytes)
 
 # %% ../nbs/10_stacked.ipynb #8f16e162

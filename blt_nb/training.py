@@ -20,8 +20,8 @@ from .data import (OFFSET, SPLITS, data_dir, eval_batches, fingerprint, load_cor
                          stream_of, user_path)
 from .machines import (autocast, fast_precision, hardware, held_signals, my_part, on_device, optimised,
                              plot_history, processes, progress_bar, sharded)
-from .saving import (FILES, Pretrained, checkpoints, checksums, claimed, config_from_json, fetched,
-                           load_checkpoint, resume, save_checkpoint, whole)
+from .saving import (Pretrained, checkpoints, checksums, claimed, config_from_json, fetched, resume,
+                           save_checkpoint, whole)
 
 # %% ../nbs/03_training.ipynb #60608599
 def next_id_loss(logits: Tensor, ids: Tensor) -> Tensor: # (B, T, 260) and (B, T) give a scalar, nats per id
