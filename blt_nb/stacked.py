@@ -203,18 +203,18 @@ class OwnNoveltyPatcher(ThresholdPatcher):
         below: Patches, # of the level outside: its patches are these items
     ) -> Patches:
         "What `Level.encode` calls. In training the threshold is the running one, and moves on after the cut."
-        x, part = x.float(), (x.float(), below.lengths.clamp(min=1), below.counts)
+        x, lengths = x.float(), below.lengths.clamp(min=1)
         if self.training: self.threshold = None # until it is calibrated again
-        trial, scores = copy.copy(self), self.score(*part[:2])
+        trial, scores = copy.copy(self), self.score(x, lengths)
         if self.threshold is None and self.rise is None: trial.threshold = self.running
         patches = trial.cut(scores, below.counts)
         if x.is_cuda: patches.most = round_up(patches.most, 1.25) # compiled code sees few shapes
-        if self.training:
+        real = torch.arange(1, x.shape[1], device=x.device) < below.counts[:, None] # but BOS
+        if self.training and real.sum() > 1: # a spread takes two
             self.batches += 1
             weight = (1 / self.batches).clamp(min=0.01)[0]
-            self.score.follow([part], weight)
-            real = torch.arange(1, x.shape[1], device=x.device) < below.counts[:, None]
-            self.running.lerp_(self.score(*part[:2])[:, 1:][real].quantile(1 - 1 / self.rate), weight)
+            self.score.follow([(x, lengths, below.counts)], weight)
+            self.running.lerp_(self.score(x, lengths)[:, 1:][real].quantile(1 - 1 / self.rate), weight)
         return patches
 
     def read(self, ids, lengths, below): # items that the level encodes (B, N, d), and their lengths (B, N)
