@@ -114,7 +114,7 @@ class NoveltyScore(nn.Module):
 
     def of(self, states, before, lengths): # arguments as in `signs` -> (...)
         signs = (self.signs(states, before, lengths) - self.mean) / self.std.clamp(min=1e-3)
-        return signs @ signs.new_tensor([1.0, self.length])
+        return signs[..., 0] + self.length * signs[..., 1]
 
     def forward(self, states: Tensor, lengths: Tensor) -> Tensor: # (B, N, d) and (B, N) give (B, N)
         return self.of(states, F.pad(states, (0, 0, 1, 0))[:, :-1], lengths)
