@@ -82,6 +82,7 @@ class LevelState:
     open: Tensor          # (B, L, d) encoded items of the group that is not over yet
     count: Tensor         # (B,) how many they are
     visible: list[Tensor] # for each unpool, keys and values of the last group that is over, (B, 1, ...)
+    decided: bool | None = None # does a group end with the next item in any row? None: `step` looks, and makes room
 
     @property
     def lengths(self) -> Tensor: # (B,) items that each row has seen
@@ -157,11 +158,12 @@ class Level(nn.Module):
         x = self.encoder.transformer.step(x, state.encoder, active)
         if not isinstance(end, Tensor): end = end(x, length, active)
         rows = torch.arange(len(x), device=x.device)
-        if state.open.shape[1] == int(state.count.max()): state.open = F.pad(state.open, (0, 0, 0, len(state.open[0])))
+        if state.decided is None and state.open.shape[1] == int(state.count.max()):
+            state.open = F.pad(state.open, (0, 0, 0, len(state.open[0])))
         state.open[rows, state.count] = x[:, 0] # of an inactive row the next item will be written there once more
         state.count = state.count + (1 if active is None else active)
         over, count = end if active is None else end & active, state.count
-        if not over.any(): return x, None, over, count
+        if not (over.any() if state.decided is None else state.decided): return x, None, over, count
         real = torch.arange(state.open.shape[1], device=x.device) < state.count[:, None]
         segments = torch.where(real, rows[:, None], len(x)) # the last one takes the padding
         groups = self.encoder.pool(state.open.flatten(0, 1), segments.flatten(), len(x) + 1)[:-1, None]

@@ -193,6 +193,7 @@ class KVSlots:
 
     Position p of a row lies in slot p % S. With a window S is the window, so that old positions are overwritten;
     without one there are at least as many slots as positions."""
+    fixed = False # is there room for all that will come? Then nobody asks the GPU how much is in use
     def __init__(self,
         config: TransformerConfig, # of the stack
         weight: Tensor,            # one of its weights, for dtype and device
@@ -238,7 +239,7 @@ class KVCache(KVSlots):
     ) -> tuple[Tensor, Tensor, Tensor]: # its position (B, 1), its slot (B,), the slots that it sees (B, 1, 1, S)
         "Count one more position of each active row; its keys and values follow with `attend_next`."
         before = self.lengths
-        if self.window is None or not self.slots: self.reserve(int(before.max()) + 1)
+        if not self.fixed and (self.window is None or not self.slots): self.reserve(int(before.max()) + 1)
         self.lengths = before + (1 if active is None else active)
         seen = torch.arange(self.slots, device=before.device) < self.lengths[:, None]
         return before[:, None], before % self.slots, seen[:, None, None]
