@@ -59,7 +59,7 @@ class State:
     def take(self, ids): self.recent = torch.cat([self.recent[:, 1:], ids[:, None]], 1)
 
     def cut(self, level, *item):
-        "Ask a patcher. One that cuts from inside the model is asked on the way, and told of the item, see `Level.step`."
+        "Ask a patcher. One that cuts from inside the model is asked on the way, with the item (see `Level.step`)."
         patcher, state, below = self.blt.patchers[level], self.patchers[level], self.ends[:level]
         self.ends[level] = patcher.push(item[:2] if patcher.inside else self.recent, below, state)
         return self.ends[level]

@@ -208,7 +208,7 @@ class OwnNoveltyPatcher(ThresholdPatcher):
         trial, scores = copy.copy(self), self.score(x, lengths)
         if self.threshold is None and self.rise is None: trial.threshold = self.running
         patches = trial.cut(scores, below.counts)
-        if x.is_cuda: patches.most = round_up(patches.most, 1.25) # compiled code sees few shapes
+        if x.is_cuda: patches.most = round_up(patches.most, 2.0) # compiled code sees few shapes
         real = torch.arange(1, x.shape[1], device=x.device) < below.counts[:, None] # but BOS
         if self.training and real.sum() > 1: # a spread takes two
             self.batches += 1
