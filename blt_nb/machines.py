@@ -6,7 +6,7 @@
 __all__ = ['fast_precision', 'autocast', 'hardware', 'processes', 'my_part', 'on_device', 'plot_history']
 
 # %% ../nbs/appendix/machines.ipynb #b71fe619
-import contextlib, copy, functools, os, platform, signal, sys, threading, types
+import contextlib, copy, ctypes, functools, os, platform, signal, sys, threading, types
 from collections.abc import Iterator
 
 import accelerate, pandas as pd, torch
@@ -65,6 +65,13 @@ def optimised(model: nn.Module, compile: bool, checkpoint_activations: bool) -> 
                 m.compile(dynamic=False) # once for each shape: few, see `blt_nb.model.select`
                 afterwards.callback(setattr, m, "_compiled_call_impl", None)
         with torch._dynamo.config.patch(recompile_limit=64): yield # for all the numbers of patches that come
+
+# %% ../nbs/appendix/machines.ipynb #e7f8576f
+def keep_freed_memory() -> None: # for the next tensors, where the C library is glibc
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return # another library
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets pages of its own, which would go when it is freed
+    mallopt(-1, -1) # M_TRIM_THRESHOLD: nothing is given back
 
 # %% ../nbs/appendix/machines.ipynb #fcc19603
 def progress_bar(*args, **kwargs) -> tqdm: # as `tqdm`; with neither a terminal nor a notebook, lines for a log file

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from . import __version__
 from .data import (OFFSET, SPLITS, data_dir, eval_batches, fingerprint, load_corpus, read_json, replacing,
                          stream_of, user_path)
-from .machines import (autocast, fast_precision, hardware, held_signals, my_part, on_device, optimised,
-                             plot_history, processes, progress_bar, sharded)
+from .machines import (autocast, fast_precision, hardware, held_signals, keep_freed_memory, my_part, on_device,
+                             optimised, plot_history, processes, progress_bar, sharded)
 from .saving import (Pretrained, checkpoints, checksums, claimed, config_from_json, fetched, resume,
                            save_checkpoint, whole)
 
@@ -91,6 +91,7 @@ def plan_of(model, loader, steps, lr, warmup, weight_decay, clip, precision) -> 
 
 def begin(model: nn.Module, plan: dict, folder: Path | None, shard: bool, **more) -> types.SimpleNamespace: # a run
     "What the steps of a run need, from the beginning or the latest checkpoint; `more` is `loader`, `loss`, ..."
+    keep_freed_memory()
     model = model.to(processes().device)
     trained = sharded(model) if shard and my_part()[1] > 1 else model
     prepared = trained if trained is not model else accelerate.Accelerator().prepare(model)
