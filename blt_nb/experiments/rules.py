@@ -63,7 +63,7 @@ def smooth(
 
 # %% ../../nbs/experiments/rules.ipynb #e111ca96
 class UncertaintyScore(NoveltyScore):
-    "How many nats the next item will cost, in spreads from the mean, said by a head that learns while the model does."
+    "How many nats the next item will cost, in spreads from the mean, said by a head that learns beside it."
     def __init__(self, width: int): # d of an item
         super().__init__(width, 0.0)
         self.head = nn.Sequential(RMSNorm(width), nn.Linear(width, 128), nn.SiLU(), nn.Linear(128, 1))
@@ -75,7 +75,7 @@ class UncertaintyScore(NoveltyScore):
     def follow(self, parts, weight=1.0): pass # its head learns by `OwnUncertaintyPatcher.loss`
 
 class OwnUncertaintyPatcher(OwnNoveltyPatcher):
-    "A group ends where the model is uncertain about the next item; of the second or third level, see `UncertaintyScore`."
+    "A group ends where the model is uncertain about the next item, at the second or third level."
     kind = "own uncertainty"
     def __init__(self, width, *args, **kwargs): # as for `OwnNoveltyPatcher`
         super().__init__(width, *args, **kwargs)
