@@ -109,10 +109,11 @@ def judge_boundaries(
     results: Results,         # gets the rows
 ) -> None:
     "A row for each rule and figure, with an interval over texts."
+    key = [about[name] for name in ("treebank", "preset", "level", "fingerprint")] # a new run replaces its rows
     for rule in rules:
         table = bootstrap(boundaries, rule, PRESETS[about["preset"]]["stacked"]["mean_group"], chance)
         for figure, row in table.iterrows():
-            results.add(dict(key=digest(about, rule, figure), rule=rule, figure=figure, **about, **row.round(4),
+            results.add(dict(key=digest(key, rule, figure), rule=rule, figure=figure, **about, **row.round(4),
                              boundaries=len(boundaries), texts=boundaries["text"].nunique()))
         print(about["treebank"], about["level"], rule, table.value.round(2).to_dict(), flush=True)
 
