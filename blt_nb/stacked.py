@@ -7,14 +7,14 @@ __all__ = ['BackbonePatcher', 'NextPatchEntropyPatcher', 'novelty', 'NoveltyScor
            'stack', 'stacked_config', 'next_level_patcher', 'calibrate_own', 'train_stacked', 'get_stacked']
 
 # %% ../nbs/10_stacked.ipynb #40020168
-import copy, dataclasses
+import copy, dataclasses, math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import pandas as pd, torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 
-from .batching import PatchedLoader, round_up
+from .batching import PatchedLoader
 from .data import Loader
 from .model import BLT, BLTConfig, LevelConfig, blt_config, get_blt, train_blt_stage, training_flops
 from .patching import Patcher, Patches, ThresholdPatcher, calibrate, complete_items, level_items
@@ -208,7 +208,9 @@ class OwnNoveltyPatcher(ThresholdPatcher):
         trial, scores = copy.copy(self), self.score(x, lengths)
         if self.threshold is None and self.rise is None: trial.threshold = self.running
         patches = trial.cut(scores, below.counts)
-        if x.is_cuda: patches.most = round_up(patches.most, 2.0) # compiled code sees few shapes
+        if x.is_cuda: # compiled code sees few shapes
+            usual = math.ceil(1.5 * x.shape[1] / self.rate)
+            patches.most = usual if patches.most <= usual else x.shape[1]
         real = torch.arange(1, x.shape[1], device=x.device) < below.counts[:, None] # but BOS
         if self.training and real.sum() > 1: # a spread takes two
             self.batches += 1
