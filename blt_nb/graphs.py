@@ -6,6 +6,7 @@
 __all__ = ['members', 'put', 'holders', 'tensors', 'GraphedState']
 
 # %% ../nbs/appendix/graphs.ipynb #89c9d9f9
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -42,9 +43,11 @@ class GraphedState(State):
         blt: BLT,
         texts: Sequence[Sequence[int]], # see `State`
         room: int = 1024, # ids to come; if there are more, it makes room and records again
+        compile: bool = False, # compile the parts of a push, which takes a minute
     ):
         super().__init__(blt, texts)
-        self.new = torch.zeros_like(self.recent[:, 0])
+        self.new, self.compiled = torch.zeros_like(self.recent[:, 0]), {} if compile else None
+        torch._dynamo.config.recompile_limit = 64 # for parts that differ in what is decided
         self.reserve(room)
 
     @torch.inference_mode()
@@ -53,7 +56,7 @@ class GraphedState(State):
         self.room, self.graphs, self.pool = room, {}, None
         for _, thing in holders(self):
             if isinstance(thing, KVSlots):
-                thing.reserve(int(thing.lengths.max()) + room)
+                thing.reserve(1 << (int(thing.lengths.max()) + room).bit_length()) # few sizes, to be compiled once
                 thing.fixed = True
             if isinstance(thing, LevelState):
                 longest = max(p.max_length or int(thing.count.max()) + room for p in self.blt.patchers)
@@ -82,6 +85,9 @@ class GraphedState(State):
         for path, level in levels:
             depth = path[::-1].index("level")
             level.decided = decided[depth] if depth < len(decided) else True
+        if self.compiled is not None:
+            if name not in self.compiled: self.compiled[name] = torch.compile(part, dynamic=False)
+            part = self.compiled[name]
         self.run(part)
         if self.new.is_cuda:
             graph = torch.cuda.CUDAGraph()
@@ -90,9 +96,10 @@ class GraphedState(State):
 
     def run(self, part: Callable) -> None:
         "Let it replace tensors, then put the results where they were."
-        before = tensors(self)
+        before, moved = tensors(self), defaultdict(list)
         part()
         for path, (thing, name, new) in tensors(self).items():
             if path in before and new is not (old := before[path][2]):
-                old.copy_(new)
+                moved[new.dtype].append((old, new))
                 put(thing, name, old)
+        for pairs in moved.values(): torch._foreach_copy_(*map(list, zip(*pairs))) # one operation for all of a type

@@ -165,8 +165,8 @@ class Level(nn.Module):
         over, count = end if active is None else end & active, state.count
         if not (over.any() if state.decided is None else state.decided): return x, None, over, count
         real = torch.arange(state.open.shape[1], device=x.device) < state.count[:, None]
-        segments = torch.where(real, rows[:, None], len(x)) # the last one takes the padding
-        groups = self.encoder.pool(state.open.flatten(0, 1), segments.flatten(), len(x) + 1)[:-1, None]
+        segments = torch.where(real, rows[:, None], rows[:, None] + len(x)) # the second half takes the padding
+        groups = self.encoder.pool(state.open.flatten(0, 1), segments.flatten(), 2 * len(x))[:len(x), None]
         state.count = torch.where(over, 0, state.count)
         return x, groups, over, count
 
