@@ -18,7 +18,7 @@ help:
 	@echo "make readme       README.md from nbs/index.ipynb"
 	@echo "make docs         the documentation site in _docs/ (needs Quarto)"
 	@echo "make setup        only set up .venv (the others do it by themselves)"
-	@echo "Python 3.11 to 3.13 is needed; choose one with PYTHON=python3.12"
+	@echo "Python 3.11 to 3.14 is needed; choose one with PYTHON=python3.12"
 
 setup: .venv/.ready
 	@:
@@ -27,7 +27,7 @@ setup: .venv/.ready
 .venv/.ready: settings.ini constraints.txt
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "blt_nb needs Python 3.11 to 3.13, and .venv has %d.%d: remove .venv, then make PYTHON=python3.12" % v)'
+	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 14) else "blt_nb needs Python 3.11 to 3.14, and .venv has %d.%d: remove .venv, then make PYTHON=python3.12" % v)'
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/.ready
 

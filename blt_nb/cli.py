@@ -16,8 +16,8 @@ from pathlib import Path
 import datasets
 import torch
 
-from .data import (data_dir, decode, encode, file_rows, find_files, read_documents, read_json, replacing,
-                         user_path, utf8)
+from .data import (SPLITS, data_dir, decode, encode, file_rows, find_files, load_corpus, read_documents,
+                         read_json, replacing, user_path, utf8)
 from .entropy import EntropyModel, get_entropy_model
 from .generation import generate, stream_text
 from .model import BLT, get_blt
@@ -102,9 +102,9 @@ def open_blt(path: str | Path) -> BLT: # see `open_model`
 
 def window_of(model: BLT | EntropyModel, asked: int | None = None) -> int: # ids
     "The window that is asked for, else that which a model was trained with, else 512. `ValueError` for one below 2."
-    if asked is None: return model.facts.get("identity", {}).get("sizes", {}).get("data", {}).get("window", 512)
-    if asked < 2: raise ValueError(f"--window is {asked}; it must be at least 2 ids, BOS and a byte")
-    return asked
+    if asked is None: asked = model.facts.get("identity", {}).get("sizes", {}).get("data", {}).get("window", 512)
+    if isinstance(asked, int) and asked > 1: return asked
+    raise ValueError(f"the window is {asked!r}; give --window at least 2 ids, BOS and a byte")
 
 # %% ../nbs/13_your_text.ipynb #54a7661f
 def parser_of(
@@ -123,18 +123,16 @@ def parser_of(
     return parser
 
 # %% ../nbs/13_your_text.ipynb #b34220ca
-def check_start(
-    args: argparse.Namespace, # of `blt_train`
-    corpus: str | Path,       # what is trained on
-) -> None:
+def check_start(running: Series) -> None: # of `blt_train`; its text is loaded here, once, since files may change
     "`ValueError` for text that is too short, output that goes into the corpus, and stages of other text or sizes."
-    out = user_path(args.out)
+    out, corpus = running.folder, running.corpus
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file; name a folder, or a new one")
     folder, written = user_path(corpus), {f"--out {out}": out, "our output": "/dev/stdout", "our log": "/dev/stderr"}
     inside = [what for what, path in written.items() if Path(path).resolve().is_relative_to(folder.resolve())]
-    if corpus not in ("", "books") and folder.is_dir() and inside:
+    if corpus != "books" and folder.is_dir() and inside:
         raise ValueError(f"{inside[0]} lies inside --corpus {corpus}, and training would read it; put it elsewhere")
-    with series(Series(args.preset, corpus, args.column, out)), contextlib.redirect_stdout(sys.stderr):
+    running.loaded.extend([load_corpus(corpus, split, column=running.column) for split in SPLITS])
+    with series(running), contextlib.redirect_stdout(sys.stderr):
         load_splits()
         for stage in GET_STAGE:
             file, wanted = out / stage / "training.json", stage_identity(stage)
@@ -146,7 +144,6 @@ def check_start(
 # %% ../nbs/13_your_text.ipynb #4ae502f1
 def train_series(args: argparse.Namespace) -> None: # of `blt_train`
     "Train each stage that isn't there yet. `RuntimeError` where another of several processes has died."
-    if not args.out: raise ValueError("--out is empty; name a folder, '.' for the one you are in")
     out, corpus, (number, count) = user_path(args.out), args.corpus, my_part()
     with contextlib.ExitStack() as undo:
         if corpus == "-": # kept, so that the command can go on another day
@@ -158,11 +155,10 @@ def train_series(args: argparse.Namespace) -> None: # of `blt_train`
                 if not out.exists(): undo.callback(shutil.rmtree, out)
                 undo.callback(corpus.unlink, missing_ok=True)
                 with replacing(corpus) as new: new.write_bytes(text)
-        check_start(args, corpus)
+        options = {k: vars(args)[k] for k in ("accumulate", "compile", "shard", "checkpoint_activations")}
+        check_start(running := Series(args.preset, corpus, args.column, out, options))
         undo.pop_all()
-    options = dict(accumulate=args.accumulate, compile=args.compile, shard=args.shard,
-                   checkpoint_activations=args.checkpoint_activations)
-    with series(Series(args.preset, corpus, args.column, out, options)):
+    with series(running):
         for stage, get in GET_STAGE.items():
             try:
                 with contextlib.redirect_stdout(io.StringIO() if number else sys.stderr): get()
@@ -251,13 +247,14 @@ def try_text(args: argparse.Namespace) -> None: # of `blt_try`
     "A text cut, scored and continued."
     text, width = args.text.encode("utf-8", "surrogateescape"), min(shutil.get_terminal_size().columns, 100)
     if not text: raise ValueError("the text is empty; give a sentence or two, or nothing for an example")
-    blt = open_blt(args.model)
+    blt = open_blt(data_dir() / "checkpoints" if args.model is None else args.model)
     cut, window, known = Cut(text, blt, 1000), window_of(blt), blt.facts.get("result", {}).get("bpb")
     print(draw_lines(cut, width, sys.stdout.isatty() and not os.environ.get("NO_COLOR")), end="\n\n")
     print(*cut_short(cut), *count_lines(cut.patches), *lines_below(cut)[1], sep="\n", end="\n\n")
     bpb = bits_per_byte(blt, [text], window)
     said = (f"{bpb:.2f} bits per byte with the end of the text, in place of 8: {bpb * len(text) / 8:,.0f} bytes for "
-            f"{len(text):,}. `xz -9e` takes 2.36 on validation books{f', this model {known:.2f}' if known else ''}.")
+            f"{len(text):,}. `xz -9e` takes 2.36 on validation books"
+            f"{f', this model {known:.2f}' if isinstance(known, float) else ''}.")
     new = generate(blt, text, max_new_bytes=120, temperature=0.6, seed=0, context=window)
     lines = ("".join(c if c == " " else mark(c) for c in line) for line in f"… {new.strip()}".split("\n"))
     print(*(textwrap.fill(line, width) for line in (said, "", "The model goes on:", *lines)), sep="\n", end="\n\n")
@@ -269,7 +266,7 @@ def blt_try(arguments: Sequence[str] | None = None) -> int: # exit status; None:
     "The command `blt_try`: what a trained model makes of a text."
     parser = argparse.ArgumentParser("blt_try", description="Cut a text at every level, score it, and go on with it.")
     parser.add_argument("text", nargs="?", default=EXAMPLE, help="a sentence or two (default: an example)")
-    parser.add_argument("--model", default=data_dir() / "checkpoints", help="folder of blt_train or a model, or Hub id")
+    parser.add_argument("--model", help="folder of blt_train or a model, or Hub id")
     return run_command(parser, try_text, arguments)
 
 # %% ../nbs/13_your_text.ipynb #be5515dd

@@ -10,7 +10,7 @@ __all__ = ['FILE_KINDS', 'PACKED', 'SPLITS', 'SIDES', 'HUB_ID', 'user_path', 'da
 # %% ../nbs/appendix/files.ipynb #54fbb465
 import bz2, contextlib, gzip, hashlib, io, json, lzma, os, re, tempfile, threading, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from huggingface_hub import HfApi
 
 # %% ../nbs/appendix/files.ipynb #de01fdcd
 def user_path(path: str | Path) -> Path: # with "~" replaced by the home folder; all paths of users go through here
+    if path == "": raise ValueError("a path is empty; name a file or folder, '.' for the one you are in")
     return Path(path).expanduser()
 
 def data_dir() -> Path: # a folder; it need not exist yet
@@ -36,8 +37,7 @@ def shipped(name: str) -> Path: # a file of `data_dir()` that comes with the rep
     raise FileNotFoundError(f"{file} isn't there: work in a clone of the repository, or set BLT_DATA to its data/")
 
 def load_books(split: str) -> Dataset: # columns "name" and "text", one row per book, split as the file says
-    books = pq.read_table(shipped("books.parquet"), columns=["name", "text"], filters=[("split", "=", split)])
-    return Dataset(books)
+    return Dataset(pq.read_table(shipped("books.parquet"), columns=["name", "text"], filters=[("split", "=", split)]))
 
 # %% ../nbs/appendix/files.ipynb #638bcb00
 @contextlib.contextmanager
@@ -60,11 +60,12 @@ def replacing(path: str | Path, folder: bool = False) -> Iterator[Path]: # where
         if error.errno is None: raise # not from the file system
         raise OSError(error.errno, f"could not write: {error.strerror}", str(path)) from error
 
-def read_json(file: str | Path, *objects: str) -> dict: # its content; names of what in it is an object too, if there
+def read_json(file: str | Path, *objects: str) -> dict: # its content; what in it is an object too, as "a.b"
     "A JSON object from a file that we wrote. `ValueError`, naming the file, for anything else."
     try: content = json.loads(user_path(file).read_text("utf-8"))
     except (ValueError, RecursionError) as error: raise ValueError(f"{file} isn't JSON: {error}") from None
-    if isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in objects): return content
+    def inner(name): return reduce(lambda o, k: o.get(k, {}) if isinstance(o, dict) else o, name.split("."), content)
+    if isinstance(content, dict) and all(isinstance(inner(name), dict) for name in objects): return content
     raise ValueError(f"{file} must hold a JSON object{', and objects as ' * bool(objects)}{' and '.join(objects)}")
 
 def cached(name: str, write: Callable[[Path], None]) -> Path: # a folder
@@ -102,9 +103,9 @@ def file_rows(path: Path, name: str, column: str) -> Iterator[dict]:
     with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
         if kind_of(path) != "json": yield {"name": name, column: utf8(file.read(), path)}
         for number, line in enumerate(file, 1):
-            if number == 1 and re.match(rb"(\xef\xbb\xbf)?\s*\[", line): line += file.read() # all rows in one list
-            try: rows = json.loads(utf8(line, path)) if line.strip() else []
-            except json.JSONDecodeError as e: raise ValueError(f"{path}, line {number}, isn't JSON: {e}") from None
+            if number == 1 and re.match(rb"(\xef\xbb\xbf)?\s*(\[|{\s*$)", line): line += file.read() # not lines
+            try: rows = json.loads(utf8(line, "it")) if line.strip() else []
+            except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {number}, isn't JSON: {e}")
             for row in rows if isinstance(rows, list) else [rows]: yield row if isinstance(row, dict) else {column: row}
 
 # %% ../nbs/appendix/files.ipynb #b867b69d
@@ -115,10 +116,9 @@ def read_documents(sources: Iterable[tuple[str, Iterable[dict]]], column: str) -
         try:
             for number, row in enumerate(rows):
                 if not number and column not in row: raise ValueError(f"{source} has no column {column!r} but {[*row]}")
-                text, names = row.get(column), [row[key] for key in ("name", "id") if row.get(key) is not None]
-                if not isinstance(text, str | None):
+                names = [n for n in (row.get("name"), row.get("id"), f"{source}/{number}") if n is not None]
+                if not isinstance(text := row.get(column), str | None):
                     raise ValueError(f"{source}, row {number}: {column!r} holds a {type(text).__name__}, not text")
-                names = [*names, f"{source}/{number}"]
                 name, text = (str(part).encode("utf-8", "replace").decode() for part in (names[0], text or ""))
                 if text := text.removeprefix("\ufeff"): yield name, text, row.get("split")
                 else: empty += 1
@@ -171,9 +171,11 @@ def store(rows: Iterator[tuple[str, str, str | None]], source: str | Path, folde
             writer.write_table(pa.table([names, texts], schema=schema))
             sides += bytes(SIDES.get(str(split), 2) for split in splits)
     sides = np.frombuffer(sides, np.uint8)
-    if not (0 in sides and 1 in sides): sides = for_validation(Dataset.from_file(file)["name"][:])
-    elif 2 in sides: warnings.warn(f"{source}: left out {(sides == 2).sum():,} documents of other splits")
-    for number, split in enumerate(SPLITS): np.save(folder / split, np.flatnonzero(sides == number))
+    ours = np.flatnonzero(sides < 2) if (sides < 2).sum() > 1 else np.arange(len(sides)) # not those of a split "test"
+    if left := len(sides) - len(ours): warnings.warn(f"{source}: left out {left:,} documents of other splits")
+    sides = sides[ours]
+    if {*sides.tolist()} != {0, 1}: sides = for_validation(Dataset.from_file(file).select(ours)["name"][:])
+    for number, split in enumerate(SPLITS): np.save(folder / split, ours[sides == number])
 
 # %% ../nbs/appendix/files.ipynb #d1025ca0
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")

@@ -99,7 +99,7 @@ class Sampler:
         "What is drawn from."
         logits = logits.detach().float().cpu().clone()
         logits[NEVER] = -math.inf
-        if self.temperature == 0: return F.one_hot(logits.argmax(), len(logits)).float()
+        if self.temperature < 1e-30: return F.one_hot(logits.argmax(), len(logits)).float()
         probs, ids = ((logits - logits.max()) / self.temperature).softmax(0).sort(descending=True, stable=True)
         if self.top_k is not None: probs[self.top_k:] = 0
         if self.top_p is not None:

@@ -422,7 +422,7 @@ def patcher_from_dict(
     "The patcher that wrote `settings`. `ValueError` for an unknown kind, and for settings that don't fit it."
     settings = dict(settings)
     kind = settings.pop("kind", None)
-    if kind not in Patcher.kinds: import_module("blt_nb.controls") # defines patchers of higher levels, as stacked does
+    if kind not in Patcher.kinds: import_module("blt_nb.stacked"), import_module("blt_nb.controls") # of higher levels
     if kind not in Patcher.kinds:
         raise ValueError(f"patcher kind {kind!r} is unknown; known are {', '.join(sorted(Patcher.kinds))}")
     try: return Patcher.kinds[kind].from_dict(settings)

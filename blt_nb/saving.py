@@ -132,7 +132,7 @@ class Pretrained(hf.ModelHubMixin):
     ):
         "The model, for use (`eval`). `FileNotFoundError` for what isn't there, `ValueError` for what doesn't fit."
         file, weights, facts = map(fetched(path, revision, FILES).joinpath, FILES)
-        values, facts = read_json(file), read_json(facts, "identity", "result") if facts.is_file() else {}
+        values, facts = read_json(file), read_json(facts, "identity.sizes.data", "result") if facts.is_file() else {}
         config = config_from_json(typing.get_type_hints(cls.__init__)["config"], values, file)
         try:
             tensors = load_file(weights)

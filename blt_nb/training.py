@@ -221,6 +221,7 @@ class Series:
     column: str = "text"          # the column that holds the text, where the corpus has columns
     folder: Path | None = None    # for the stages and their results; None: see `folder_of`
     options: dict = dataclasses.field(default_factory=dict) # of `fit`, for this machine; they leave results as they are
+    loaded: list = dataclasses.field(default_factory=list)  # both splits, where files may change meanwhile
 
 SERIES = contextvars.ContextVar("SERIES", default=Series())
 
@@ -243,14 +244,16 @@ def load_splits() -> tuple[datasets.Dataset, datasets.Dataset]: # training and v
     "The running series' corpus, of validation what the preset scores. `ValueError` for a split that is too short."
     running, data = SERIES.get(), preset("data")
     with processes().main_process_first(): # it fills the cache
-        train, valid = (load_corpus(running.corpus, split, column=running.column) for split in SPLITS)
-    scored = valid.select(range(min(len(valid), data.valid_documents)))
+        train, valid = running.loaded or [load_corpus(running.corpus, s, column=running.column) for s in SPLITS]
+    short = data.window if len(valid[0]["text"]) < data.window else 0 # documents, of which it takes more
+    scored = valid.select(range(min(len(valid), max(short, data.valid_documents))))
     valid = datasets.Dataset.from_list([row | {"text": row["text"][:data.valid_length]} for row in scored])
     for split, documents in zip(SPLITS, (train, valid)):
         size = sum(len(text.encode()) + 1 for text in documents["text"][:data.window])
         if size < data.window:
+            needs = ", ".join(f"{name} {rows['data']['window']}" for name, rows in PRESETS.items())
             raise ValueError(f"the {split} split of {running.corpus} has {size} bytes, preset {preset_name()!r} needs "
-                             f"{data.window}: give more text, or take the preset 'ci'")
+                             f"{data.window}: give more text, or take another preset ({needs})")
     return train, valid
 
 # %% ../nbs/03_training.ipynb #630ec84a
@@ -266,7 +269,8 @@ STAGES = {"entropy": ["data", "entropy"], "blt-1": ["data", "entropy", "blt"], #
 def stage_identity(stage: str) -> dict: # JSON
     "What a checkpoint must have been made with to be taken for this stage: preset, sizes (those below too), corpus."
     sizes, running = {row: PRESETS[preset_name()][row] for row in STAGES[stage]}, SERIES.get()
-    with processes().main_process_first(): corpus = fingerprint(load_corpus(running.corpus, column=running.column))
+    with processes().main_process_first():
+        corpus = fingerprint((running.loaded or [load_corpus(running.corpus, column=running.column)])[0])
     return json.loads(json.dumps(dict(stage=stage, preset=preset_name(), corpus=corpus, sizes=sizes)))
 
 # %% ../nbs/03_training.ipynb #3b48789c
