@@ -117,11 +117,11 @@ def within(ids: list[int], context: int | None) -> list[int]: # what is read of 
     "All of it, but of a text longer than the context only BOS and the last `context // 2` ids. None: no limit."
     return ids if context is None or len(ids) <= context else [BOS_ID, *ids[len(ids) - context // 2:]]
 
-def start(blt: BLT, texts: list[list[int]], room: int) -> State: # for about so many more ids
+def start(blt: BLT, texts: list[list[int]], room: int, compile: bool = False) -> State: # for about so many more ids
     "A state of the kind that is fastest here."
-    if not blt.head.weight.is_cuda: return State(blt, texts)
+    if not (blt.head.weight.is_cuda or compile): return State(blt, texts)
     from blt_nb.graphs import GraphedState # which builds on this module
-    return GraphedState(blt, texts, room)
+    return GraphedState(blt, texts, room, compile)
 
 def sample_bytes(
     blt: BLT,
@@ -129,11 +129,12 @@ def sample_bytes(
     samplers: list[Sampler],    # one per text
     max_new_bytes: int,         # most bytes for each
     context: int | None = None, # see `within`
+    compile: bool = False,      # see `generate`
 ) -> Iterator[tuple[bytes, ...]]: # a byte of each text, empty where it has ended (EOS)
     "Write byte after byte, all texts at once."
     texts, over, state = [within(text, context) for text in texts], [False] * len(texts), None
     for _ in range(max_new_bytes):
-        if state is None: state = start(blt, texts, max_new_bytes)
+        if state is None: state = start(blt, texts, max_new_bytes, compile)
         logits = state.logits.float().cpu()
         likeliest = logits.index_fill(1, torch.tensor(NEVER), -math.inf).argmax(1).tolist()
         new = [sampler(row) if sampler.temperature else i for sampler, row, i in zip(samplers, logits, likeliest)]
@@ -156,6 +157,7 @@ def generate(
     seed: int | None = None,    # see `Sampler`
     stream: bool = False,       # return an iterator that yields bytes as they are written
     context: int | None = None, # ids that the model looks back on at most, for example the window it was trained with
+    compile: bool = False,      # compile the steps: takes up to a minute once, then each byte takes less time
 ) -> str | list[str] | Iterator[bytes] | Iterator[tuple[bytes, ...]]: # after the prompt; what isn't UTF-8 as "�"
     """Go on with a text, or with several, patch boundaries found as bytes arrive.
 
@@ -170,7 +172,7 @@ def generate(
     if context is not None and context < 2: raise ValueError(f"context is {context}; take at least 2, BOS and a byte")
     samplers = [Sampler(temperature, top_k, top_p, seed) for _ in prompts]
     texts = [encode(p, bos=True).tolist() for p in prompts]
-    steps = sample_bytes(blt, texts, samplers, max_new_bytes, context) if prompts else iter(())
+    steps = sample_bytes(blt, texts, samplers, max_new_bytes, context, compile) if prompts else iter(())
     if stream: return (new for new, in steps) if one else steps
     written = [b"".join(text).decode("utf-8", "replace") for text in zip(*steps)] or [""] * len(prompts)
     return written[0] if one else written

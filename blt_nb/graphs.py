@@ -53,13 +53,14 @@ class GraphedState(State):
     @torch.inference_mode()
     def reserve(self, room: int) -> None: # for so many more ids
         "Give every tensor a place of its own, and a shape that lasts."
+        def enough(used: Tensor) -> int: return 1 << (int(used.max()) + room).bit_length() # few sizes, to compile once
         self.room, self.graphs, self.pool = room, {}, None
         for _, thing in holders(self):
             if isinstance(thing, KVSlots):
-                thing.reserve(1 << (int(thing.lengths.max()) + room).bit_length()) # few sizes, to be compiled once
+                thing.reserve(enough(thing.lengths))
                 thing.fixed = True
             if isinstance(thing, LevelState):
-                longest = max(p.max_length or int(thing.count.max()) + room for p in self.blt.patchers)
+                longest = max(16, *(p.max_length or enough(thing.count) for p in self.blt.patchers))
                 thing.open = F.pad(thing.open, (0, 0, 0, max(0, longest - thing.open.shape[1])))
         for thing, name, tensor in tensors(self).values(): put(thing, name, tensor.clone())
 

@@ -206,22 +206,22 @@ class KVSlots:
     ):
         self.window = config.window
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device) # (B,) positions that each row has seen
-        shape = 2, config.layers, rows, config.kv_heads, 0, config.width // config.heads
-        self.k, self.v = weight.new_zeros(shape) # (layers, B, h_kv, S, head_width)
+        shape = rows, config.kv_heads, 0, config.width // config.heads # (B, h_kv, S, head_width), of each layer
+        self.k, self.v = ([weight.new_zeros(shape) for _ in range(config.layers)] for _ in range(2))
 
     @property
     def slots(self) -> int: # S
-        return self.k.shape[3]
+        return self.k[0].shape[2]
 
-    def reserve(self, positions: int) -> None: # that each row may have, at least
+    def reserve(self, positions: int) -> None: # that each row may have
         "Make room, if there is too little. Positions keep their slots."
         if positions <= self.slots or self.slots == self.window: return
-        more = (self.window or max(64, 2 * positions)) - self.slots
-        self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
+        more = (self.window or positions) - self.slots
+        self.k, self.v = ([F.pad(t, (0, 0, 0, more)) for t in layers] for layers in (self.k, self.v))
 
     def write(self, layer: int, row: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
         "Keep n keys and values (n, h_kv, head_width), each in its row (n,) and slot (n,)."
-        self.k[layer, row, :, slot], self.v[layer, row, :, slot] = k.to(self.k), v.to(self.v) # autocast makes bf16
+        for kept, new in (self.k[layer], k), (self.v[layer], v): kept[row, :, slot] = new.to(kept) # autocast: bf16
 
 # %% ../nbs/02_transformer.ipynb #aec0d48f
 class KVCache(KVSlots):
@@ -244,7 +244,8 @@ class KVCache(KVSlots):
     ) -> tuple[Tensor, Tensor, Tensor]: # its position (B, 1), its slot (B,), the slots that it sees (B, 1, 1, S)
         "Count one more position of each active row; its keys and values follow with `attend_next`."
         before = self.lengths
-        if not self.fixed and (self.window is None or not self.slots): self.reserve(int(before.max()) + 1)
+        if not self.fixed and (self.window is None or not self.slots) and (longest := int(before.max())) >= self.slots:
+            self.reserve(2 * max(32, longest + 1)) # not for each position anew
         self.lengths = before + (1 if active is None else active)
         seen = torch.arange(self.slots, device=before.device) < self.lengths[:, None]
         return before[:, None], before % self.slots, seen[:, None, None]
@@ -259,8 +260,9 @@ class KVCache(KVSlots):
     ) -> Tensor: # (B, h, 1, head_width)
         "Attention of one more position to those that are kept."
         self.write(layer, torch.arange(len(slot), device=slot.device), slot, k[:, :, 0], v[:, :, 0])
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, self.k[layer], self.v[layer], attn_mask=seen, enable_gqa=shared)
+        sharing = q.view(len(q), k.shape[1], -1, q.shape[3]) # (B, h_kv, heads that share keys, head_width)
+        scores = sharing @ self.k[layer].mT * q.shape[3]**-0.5
+        return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ self.v[layer]).view(q.shape)
 
 # %% ../nbs/02_transformer.ipynb #7dc385bc
 class Transformer(nn.Module):
