@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .data import Loader
-from .training import my_part
+from .machines import my_part, tf32
 from .patching import Patches
 
 # %% ../nbs/appendix/batching.ipynb #27ce7971
@@ -63,7 +63,7 @@ class PatchedLoader:
     def cut(self, number: int) -> None:
         "Cut the pool with this number and make its batches."
         batches, (index, count) = [self.loader.batch(number * self.pool + j) for j in range(self.pool)], my_part()
-        mine = [self.segment(ids.tensor_split(count)[index]) for ids in batches]
+        with tf32(): mine = [self.segment(ids.tensor_split(count)[index]) for ids in batches]
         parts = gather_object([[[p.to("cpu") for p in patches] for patches in mine]]) # of each process
         ids, patches = torch.cat(batches), join([part[i] for i in range(self.pool) for part in parts])
         order = (patches[-1].counts * (ids.shape[1] + 1) + patches[0].counts).argsort(stable=True).view(self.pool, -1)
