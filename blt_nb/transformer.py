@@ -8,7 +8,7 @@ __all__ = ['compiled_flex', 'BRANCHES', 'TransformerConfig', 'RMSNorm', 'SwiGLU'
            'Transformer', 'transformer_flops']
 
 # %% ../nbs/02_transformer.ipynb #49833ab5
-import math
+import math, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -67,6 +67,8 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 # %% ../nbs/02_transformer.ipynb #e29e0257
+warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`") # it computes them anew, rightly
+
 @lru_cache
 def rope_rates(head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]: # (head_width,) each
     "Radians per position: those of the pairs, twice, and the same with the first half negative."
