@@ -53,9 +53,12 @@ class NgramConfig:
     rows: int = 16384                      # rows of each table; n-grams that hash alike share one
     width: int | None = 32                 # width of a row, projected to the model's; None: the model's, not projected
     functions: int = 1                     # hash functions, each with a table for every n
+    dropout: float = 0.0                   # share of the rows that are left out in training
 
     def __post_init__(self):
         self.sizes = tuple(self.sizes)
+        if not 0 <= self.dropout < 1 or self.dropout and self.width is None:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1, and 0 without a projection")
         if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > 64:
             raise ValueError(f"n-gram sizes are {self.sizes}; give at least one, each in 1..64, or ngrams=None")
         if self.rows < 1: raise ValueError(f"rows is {self.rows}; a table needs at least one")
@@ -82,8 +85,11 @@ class NgramEmbedding(nn.Module):
         context: int = 0, # C, ids that are there for the n-grams of those behind them only
     ) -> Tensor: # (B, T, d)
         rows = self.firsts + ngram_hashes(ids, self.powers, self.config.rows, context)
-        if self.project is not None: return self.project(self.table(rows).flatten(2))
-        return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, rows.shape[:2])
+        if self.project is None:
+            return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, rows.shape[:2])
+        x = self.table(rows)
+        if self.config.dropout: x = x * F.dropout(x.new_ones(rows.shape), self.config.dropout, self.training)[..., None]
+        return self.project(x.flatten(2))
 
 # %% ../nbs/04_entropy.ipynb #0fa60845
 class ByteEmbedding(nn.Module):

@@ -42,6 +42,7 @@ def trials(
                 add("placement", budgets[0], seed=seed, patcher=patcher, mean_patch=mean)
         add("placement", budgets[0], seed=seed, patcher="bpe", mean_patch=LENGTHS[preset][0])
     for window in WINDOWS[preset]: add("windows", budgets[len(budgets) // 2], window=window)
+    for share in (0.1, 0.3): add("n-gram dropout", budgets[len(budgets) // 2], sizes=(("blt.ngram_dropout", share),))
     for flops in budgets:
         for lr in rates[:len(rates) // 2] + rates[len(rates) // 2 + 1:]:
             for rival in rivals[:3]: add("rates", flops, lr=lr, **rival)

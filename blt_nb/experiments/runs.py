@@ -304,7 +304,8 @@ def build(
 ) -> Setup:
     "The model and the batches of a trial. `ValueError` for an unknown family."
     (window, rows), p, b = trial.batch, trial.size("byte"), trial.size("blt")
-    grams = NgramConfig(b["ngram_sizes"], b["ngram_rows"], b["ngram_width"]) if trial.ngrams else None
+    grams = NgramConfig(b["ngram_sizes"], b["ngram_rows"], b["ngram_width"], dropout=b.get("ngram_dropout", 0.0))
+    if not trial.ngrams: grams = None
     if trial.family == "bpe": return build_tokens(trial, grams)
     plain = Loader(stream(trial.corpus), window, rows, trial.seed)
     if trial.family == "blt": return build_blt(trial, grams, plain)
@@ -374,7 +375,7 @@ def run_trial(
                     seconds=round(history.seconds.iloc[-1], 1))
     except FloatingPointError: row["bpb"] = math.nan
     else:
-        if trial.part == "rivals": row |= score_other_text(setup.score, [text[:30_000] for text in valid[:2]])
+        if trial.part in ("rivals", "n-gram dropout"): row |= score_other_text(setup.score, [text[:30_000] for text in valid[:2]])
         if trial.family == "blt":
             with ablate_latent(setup.model): row["bpb_without_latent"] = setup.score(valid)
     row |= dict(all_seconds=round(time.perf_counter() - began, 1), version=__version__, torch=torch.__version__)
