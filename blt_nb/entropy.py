@@ -58,7 +58,7 @@ class NgramConfig:
     def __post_init__(self):
         self.sizes = tuple(self.sizes)
         if not 0 <= self.dropout < 1 or self.dropout and self.width is None:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1, and 0 without a projection")
+            raise ValueError(f"dropout is {self.dropout}; it must be from 0 to below 1, and 0 without a projection")
         if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > 64:
             raise ValueError(f"n-gram sizes are {self.sizes}; give at least one, each in 1..64, or ngrams=None")
         if self.rows < 1: raise ValueError(f"rows is {self.rows}; a table needs at least one")
@@ -88,7 +88,7 @@ class NgramEmbedding(nn.Module):
         if self.project is None:
             return F.embedding_bag(rows.flatten(0, 1), self.table.weight, mode="sum").unflatten(0, rows.shape[:2])
         x = self.table(rows)
-        if self.config.dropout: x = x * F.dropout(x.new_ones(rows.shape), self.config.dropout, self.training)[..., None]
+        if p := self.config.dropout: x = x * F.dropout(x.new_ones(rows.shape), p, self.training)[..., None]
         return self.project(x.flatten(2))
 
 # %% ../nbs/04_entropy.ipynb #0fa60845

@@ -375,7 +375,8 @@ def run_trial(
                     seconds=round(history.seconds.iloc[-1], 1))
     except FloatingPointError: row["bpb"] = math.nan
     else:
-        if trial.part in ("rivals", "n-gram dropout"): row |= score_other_text(setup.score, [text[:30_000] for text in valid[:2]])
+        if trial.part in ("rivals", "n-gram dropout"):
+            row |= score_other_text(setup.score, [text[:30_000] for text in valid[:2]])
         if trial.family == "blt":
             with ablate_latent(setup.model): row["bpb_without_latent"] = setup.score(valid)
     row |= dict(all_seconds=round(time.perf_counter() - began, 1), version=__version__, torch=torch.__version__)
