@@ -73,7 +73,7 @@ class GraphedState(State):
             self.play(("cut", decided), decided, partial(self.take_and_cut, level))
             decided += (any(self.ends[level].tolist()),)
         self.play(("step", decided), decided, self.step)
-        return self.logits
+        return self.logits.clone() # the next push writes over them
 
     def take_and_cut(self, level):
         if level == 0: self.take(self.new)
