@@ -47,7 +47,7 @@ class GraphedState(State):
     ):
         super().__init__(blt, texts)
         self.new, self.compiled = torch.zeros_like(self.recent[:, 0]), {} if compile else None
-        torch._dynamo.config.recompile_limit = 64 # for parts that differ in what is decided
+        if compile: torch._dynamo.config.recompile_limit = 64 # for parts that differ in what is decided
         self.reserve(room)
 
     @torch.inference_mode()
