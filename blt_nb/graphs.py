@@ -42,7 +42,7 @@ class GraphedState(State):
     def __init__(self,
         blt: BLT,
         texts: Sequence[Sequence[int]], # see `State`
-        room: int = 1024, # ids to come; if there are more, it makes room and records again
+        room: int = 1024, # ids to come, and three or more in a patch; if not, it makes room and records again
         compile: bool = False, # compile the parts of a push, which takes a minute
     ):
         super().__init__(blt, texts)
@@ -53,25 +53,40 @@ class GraphedState(State):
     @torch.inference_mode()
     def reserve(self, room: int) -> None: # for so many more ids
         "Give every tensor a place of its own, and a shape that lasts."
-        def enough(used: Tensor) -> int: return 1 << (int(used.max()) + room).bit_length() # few sizes, to compile once
-        self.room, self.graphs, self.pool = room, {}, None
-        for _, thing in holders(self):
+        self.room, self.graphs, self.pool, self.most = room, {}, None, 0
+        used = (-self.free()).max(1).values.tolist() # items of each level
+        self.most = torch.tensor([[max(16, 1 << (n + room // 3**depth).bit_length())] for depth, n in enumerate(used)])
+        self.left = self.free() # powers of two are few sizes, to compile once
+        for path, thing in holders(self):
+            depth = path.count("inner") # of the level that it belongs to; 0 has the bytes
             if isinstance(thing, KVSlots):
-                thing.reserve(enough(thing.lengths))
+                thing.reserve(int(self.most[depth]))
                 thing.fixed = True
             if isinstance(thing, LevelState):
-                longest = max(16, *(p.max_length or enough(thing.count) for p in self.blt.patchers))
+                reach = int((thing.count.cpu() + self.left[depth]).max())
+                longest = max(16, self.blt.patchers[depth].max_length or 1 << reach.bit_length())
                 thing.open = F.pad(thing.open, (0, 0, 0, max(0, longest - thing.open.shape[1])))
         for thing, name, tensor in tensors(self).values(): put(thing, name, tensor.clone())
 
+    def free(self) -> Tensor: # (levels + 1, B), on the CPU
+        "Ask the GPU for how many items of each level there is room."
+        lengths, part = [], self.level
+        while part: lengths, part = [*lengths, part.lengths.cpu()], getattr(part, "inner", None)
+        return self.most - torch.stack(lengths)
+
     @torch.inference_mode()
     def push(self, ids):
-        if not self.room: self.reserve(int(self.level.lengths.max()))
-        self.room, decided = self.room - 1, ()
+        if (self.left < 1).any(): self.left = self.free()
+        if (self.left < 1).any(): self.reserve(self.room)
         self.new.copy_(ids)
-        for level in range(self.blt.ahead):
-            self.play(("cut", decided), decided, partial(self.take_and_cut, level))
-            decided += (any(self.ends[level].tolist()),)
+        self.left[0] -= 1
+        decided, ends = (), None
+        for level in range(len(self.ends)):
+            if level < self.blt.ahead:
+                self.play(("cut", decided), decided, partial(self.take_and_cut, level))
+                ends = self.ends[level].cpu()
+                decided += (bool(ends.any()),)
+            self.left[level + 1] -= ends.long() # where nobody has told us, as many as below: at worst it is less
         self.play(("step", decided), decided, self.step)
         return self.logits.clone() # the next push writes over them
 
@@ -83,9 +98,7 @@ class GraphedState(State):
         "Play a part of a push, for which it is decided in which levels a patch ends; or run it, and record it."
         if name in self.graphs: return self.graphs[name].replay()
         levels = [(path, thing) for path, thing in holders(self) if isinstance(thing, LevelState)]
-        for path, level in levels:
-            depth = path[::-1].index("level")
-            level.decided = decided[depth] if depth < len(decided) else True
+        for path, level in levels: level.decided = (*decided, True)[min(path.count("inner"), len(decided))]
         if self.compiled is not None:
             if name not in self.compiled: self.compiled[name] = torch.compile(part, dynamic=False)
             part = self.compiled[name]
