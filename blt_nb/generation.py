@@ -107,10 +107,12 @@ class Sampler:
             probs[probs.cumsum(0) - probs >= self.top_p] = 0 # the likelier ones hold the share already
         return torch.zeros_like(probs).scatter(0, ids, probs / probs.sum())
 
-    def __call__(self,
-        logits: Tensor, # (260,)
-    ) -> int: # an id
-        return int(torch.multinomial(self.probs(logits), 1, generator=self.random))
+    def draw(self, probs: Tensor) -> int: # (260,) up to a factor, to an id
+        if self.temperature < 1e-30: return int(probs.argmax())
+        return int(torch.multinomial(probs, 1, generator=self.random))
+
+    def __call__(self, logits: Tensor) -> int: # (260,) to an id
+        return self.draw(self.probs(logits))
 
 # %% ../nbs/09_generation.ipynb #34d37741
 def within(ids: list[int], context: int | None) -> list[int]: # what is read of a text, given as ids with BOS first
@@ -158,6 +160,7 @@ def generate(
     stream: bool = False,       # return an iterator that yields bytes as they are written
     context: int | None = None, # ids that the model looks back on at most, for example the window it was trained with
     compile: bool = False,      # compile the steps: takes up to a minute once, then each byte takes less time
+    speculate: bool = False,    # have the entropy model write ahead, see `blt_nb.speculation`; one prompt, on a CPU
 ) -> str | list[str] | Iterator[bytes] | Iterator[tuple[bytes, ...]]: # after the prompt; what isn't UTF-8 as "�"
     """Go on with a text, or with several, patch boundaries found as bytes arrive.
 
@@ -172,7 +175,11 @@ def generate(
     if context is not None and context < 2: raise ValueError(f"context is {context}; take at least 2, BOS and a byte")
     samplers = [Sampler(temperature, top_k, top_p, seed) for _ in prompts]
     texts = [encode(p, bos=True).tolist() for p in prompts]
-    steps = sample_bytes(blt, texts, samplers, max_new_bytes, context, compile) if prompts else iter(())
+    if speculate:
+        from blt_nb.speculation import speculate as write # which builds on this module
+        if compile or not one: raise ValueError("speculate=True is for one prompt, without compile=True: leave one out")
+        steps = zip(write(blt, texts[0], samplers[0], max_new_bytes, context))
+    else: steps = sample_bytes(blt, texts, samplers, max_new_bytes, context, compile) if prompts else iter(())
     if stream: return (new for new, in steps) if one else steps
     written = [b"".join(text).decode("utf-8", "replace") for text in zip(*steps)] or [""] * len(prompts)
     return written[0] if one else written

@@ -256,7 +256,10 @@ class Patcher(nn.Module):
         state: PatcherState,    # changed
     ) -> Tensor: # (B,) bool: does a patch of this level end with this id?
         "`forward` for one more id."
-        score = self.next_score(ids, ends, state)
+        return self.decide(self.next_score(ids, ends, state), ends, state)
+
+    def decide(self, score: Tensor, ends: Sequence[Tensor], state: PatcherState) -> Tensor: # as `push`
+        "What a new item's score (B,) means."
         active = ends[-1] if ends else torch.ones_like(state.items, dtype=torch.bool) # rows that have a new item
         end = self.rule(score, state.before) | (state.items == 0)
         if self.max_length is not None: end = end | (state.run + 1 >= self.max_length)
