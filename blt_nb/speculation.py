@@ -77,14 +77,13 @@ def write_draft(
     "Go on with the entropy model alone, to the end of the patch."
     patcher, cut, recent = state.blt.patchers[0], ahead(state.patchers[0]), state.recent
     ids, drawn_from, cuts = [first], [], []
-    no_end = torch.tensor([EOS_ID], device=recent.device)
     while True:
         recent = torch.cat([recent[:, 1:], recent.new_tensor([[ids[-1]]])], 1)
         logits = patcher.model.step(recent, cut.memory)[0, 0]
         end = bool(patcher.decide(entropy_of(logits)[None], (), cut))
         cuts.append(copy.copy(cut))
         if end or len(ids) == most: return ids, drawn_from, cuts, end
-        drawn_from.append(sampler.probs(logits.index_fill(0, no_end, -torch.inf)))
+        drawn_from.append(sampler.probs(logits.index_fill(0, recent.new_tensor([EOS_ID]), -torch.inf)))
         ids.append(sampler.draw(drawn_from[-1]))
 
 # %% ../nbs/appendix/speculation.ipynb #spec0012
