@@ -55,6 +55,7 @@ def trials(
         for rules, blocks in ((RULES[:4], BLOCKS[preset][:2]), (RULES[4:6], ())):
             for flops in budgets: compare(flops, rules, blocks, seeds)
         for seed in seeds:
+            add("one level", budgets[-1], seed, sizes=NARROW[preset][:2])
             for rule in RULES[1:3]: add("two levels, narrow patches", budgets[-1], seed, (rule,), NARROW[preset])
     add("three levels", budgets[0], 0, ("novelty", "novelty"))
     if preset != "ci":
