@@ -137,7 +137,7 @@ class Speculation(State):
         count, following = 1, None
         for new, q in zip(ids[1:], drawn_from):
             p = sampler.probs(logits[count - 1])
-            if torch.rand((), generator=sampler.random) * q[new] >= p[new]:
+            if (1 - torch.rand((), generator=sampler.random)) * q[new] > p[new]: # never 0 times q
                 following = sampler.draw((p - q).clamp(min=0))
                 break
             count += 1
