@@ -64,8 +64,10 @@ class PatchedLoader:
         "Cut the pool with this number and make its batches."
         batches, (index, count) = [self.loader.batch(number * self.pool + j) for j in range(self.pool)], my_part()
         with tf32(): mine = [self.segment(ids.tensor_split(count)[index]) for ids in batches]
-        parts = gather_object([[[p.to("cpu") for p in patches] for patches in mine]]) # of each process
-        ids, patches = torch.cat(batches), join([part[i] for i in range(self.pool) for part in parts])
+        device, parts = mine[0][0].starts.device, [mine] # where all this stays, since sorting takes longer on a CPU
+        if count > 1: parts = gather_object([[[p.to("cpu") for p in patches] for patches in mine]]) # of each process
+        patches = [p.to(device) for p in join([part[i] for i in range(self.pool) for part in parts])]
+        ids = torch.cat(batches).to(device)
         order = (patches[-1].counts * (ids.shape[1] + 1) + patches[0].counts).argsort(stable=True).view(self.pool, -1)
         order = order[np.random.default_rng([self.loader.seed, number]).permutation(self.pool)]
         self.number, self.order = number, order

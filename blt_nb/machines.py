@@ -13,7 +13,7 @@ import accelerate, pandas as pd, torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .transformer import Block
+from .transformer import Block, RMSNorm
 
 # %% ../nbs/appendix/machines.ipynb #b634ad0b
 def fast_precision() -> str: # "bf16" if the processor has instructions for it, else "no"
@@ -62,15 +62,15 @@ def sharded(model: nn.Module) -> nn.Module: # a copy
 
 @contextlib.contextmanager
 def optimised(model: nn.Module, compile: bool, checkpoint_activations: bool) -> Iterator[None]:
-    """In this context blocks, and modules whose class has `compiles = True`, are compiled; or keep only what goes into
-    them, and compute the rest once more for the gradient."""
+    """In this context blocks, norms, and modules whose class has `compiles = True`, are compiled; or, but for norms, keep
+    only what goes into them, and compute the rest once more for the gradient."""
     with contextlib.ExitStack() as afterwards:
         for m in model.modules():
-            if not isinstance(m, Block) and not getattr(m, "compiles", False): continue
-            if checkpoint_activations:
+            costly = isinstance(m, Block) or getattr(m, "compiles", False)
+            if checkpoint_activations and costly:
                 m.forward = functools.partial(torch.utils.checkpoint.checkpoint, m.forward, use_reentrant=False)
                 afterwards.callback(m.__dict__.pop, "forward")
-            if compile and any(p.requires_grad for p in m.parameters()):
+            if compile and (costly or isinstance(m, RMSNorm)):
                 m.compile(dynamic=False) # once for each shape: few, see `blt_nb.model.select`
                 afterwards.callback(setattr, m, "_compiled_call_impl", None)
         with torch._dynamo.config.patch(recompile_limit=64): yield # for all the numbers of patches that come

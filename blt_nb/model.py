@@ -45,6 +45,7 @@ class LevelConfig:
         if self.decoder.width != self.encoder.width:
             raise ValueError(f"the decoder is {self.decoder.width} wide, the encoder {self.encoder.width}; "
                              "items have one width, so make them equal")
+        if self.decoder.layers < 1: raise ValueError("the decoder has 0 blocks; it sees the groups before each of them")
         if self.k is not None and self.k < 1: raise ValueError(f"k is {self.k}; a group has at least one vector")
         if self.unpools is not None and not 1 <= self.unpools <= self.decoder.layers:
             raise ValueError(f"unpools is {self.unpools}; take 1 to {self.decoder.layers}, its blocks, or None for all")

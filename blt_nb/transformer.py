@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 class TransformerConfig:
     "Sizes of a stack of blocks. `ValueError` for sizes that don't fit together."
     width: int = 128             # d, numbers that describe a position
-    layers: int = 2              # blocks, one after the other
+    layers: int = 2              # blocks, one after the other; 0: what comes in goes out
     heads: int = 2               # attention heads; each is width / heads wide
     kv_heads: int | None = None  # heads of keys and values; fewer than `heads` are shared. None: as many
     window: int | None = None    # positions that attention sees, its own included; None: all before it
@@ -37,7 +37,8 @@ class TransformerConfig:
         if self.hidden is None: self.hidden = max(32, 32 * round(8 * self.width / 3 / 32))
         for name in ("width", "layers", "heads", "kv_heads", "window", "hidden"):
             value = getattr(self, name)
-            if value is not None and value < 1: raise ValueError(f"{name} is {value}; it must be at least 1")
+            least = int(name != "layers")
+            if value is not None and value < least: raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} does not split into {self.heads} heads of an even width; "
                              "change one of them")
@@ -203,23 +204,21 @@ class KVSlots:
     fixed = False # is there room for all that will come? Then nobody asks the GPU how much is in use
     def __init__(self,
         config: TransformerConfig, # of the stack
-        weight: Tensor,            # one of its weights, for dtype and device
+        like: Tensor,              # has the dtype and the device of its weights
         rows: int,                 # B
     ):
         self.window = config.window
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device) # (B,) positions that each row has seen
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device) # (B,) positions that each row has seen
         shape = rows, config.kv_heads, 0, config.width // config.heads # (B, h_kv, S, head_width), of each layer
-        self.k, self.v = ([weight.new_zeros(shape) for _ in range(config.layers)] for _ in range(2))
-
-    @property
-    def slots(self) -> int: # S
-        return self.k[0].shape[2]
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(config.layers)] for _ in range(2))
+        self.slots = 0 # S
 
     def reserve(self, positions: int) -> None: # that each row may have
         "Make room, if there is too little. Positions keep their slots."
         if positions <= self.slots or self.slots == self.window: return
         more = (self.window or positions) - self.slots
         self.k, self.v = ([F.pad(t, (0, 0, 0, more)) for t in layers] for layers in (self.k, self.v))
+        self.slots += more
 
     def write(self, layer: int, row: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
         "Keep n keys and values (n, h_kv, head_width), each in its row (n,) and slot (n,)."
@@ -272,6 +271,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config, self.blocks = config, nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.register_buffer("like", torch.empty(0), persistent=False) # has the dtype and the device of the weights
         init_linear(self, depth=max(BRANCHES, 2 * config.layers))
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: # (...) in the text; twice (..., head_width)
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
 
     def cache(self, rows: int) -> KVCache: # B
         "An empty cache, for `forward` to fill and `step` to go on from."
-        return KVCache(self.config, self.blocks[0].attention.qkv.weight, rows)
+        return KVCache(self.config, self.like, rows)
 
     def forward(self,
         x: Tensor,                    # (B, T, d)

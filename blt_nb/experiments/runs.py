@@ -311,7 +311,8 @@ def build(
     if trial.family == "blt": return build_blt(trial, grams, plain)
     if trial.family != "byte": raise ValueError(f"family {trial.family!r} is unknown; take 'byte', 'bpe' or 'blt'")
     torch.manual_seed(trial.seed)
-    model = EntropyModel(EntropyConfig(TransformerConfig(p["width"], p["layers"], p["heads"]), grams))
+    network = TransformerConfig(p["width"], p["layers"], p["heads"], window=p.get("attention"))
+    model = EntropyModel(EntropyConfig(network, grams))
     return Setup(model, plain, model.flops(window), lambda texts: bits_per_byte(model, texts, window))
 
 # %% ../../nbs/experiments/runs.ipynb #9d992216
