@@ -62,7 +62,7 @@ def sharded(model: nn.Module) -> nn.Module: # a copy
 
 @contextlib.contextmanager
 def optimised(model: nn.Module, compile: bool, checkpoint_activations: bool) -> Iterator[None]:
-    """In this context blocks, norms, and modules whose class has `compiles = True`, are compiled; or, but for norms, keep
+    """In this context blocks, norms, and modules whose class has `compiles = True`, are compiled; or all but norms keep
     only what goes into them, and compute the rest once more for the gradient."""
     with contextlib.ExitStack() as afterwards:
         for m in model.modules():
