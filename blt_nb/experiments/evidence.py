@@ -62,6 +62,9 @@ def trials(
             for patcher in ("entropy", "random", "static", "rise"):
                 add("placement", budgets[0], seed=seed, patcher=patcher, mean_patch=mean)
         add("placement", budgets[0], seed=seed, patcher="bpe", mean_patch=LENGTHS[preset][0])
+        for _, _, sizes in LEAN.get(preset, ())[:1]:
+            for patcher in ("entropy", "table"):
+                add("placement, lean", budgets[len(budgets) // 2], seed=seed, patcher=patcher, sizes=sizes)
     for window in WINDOWS[preset]: add("windows", budgets[len(budgets) // 2], window=window)
     for share in (0.1, 0.3): add("n-gram dropout", budgets[len(budgets) // 2], sizes=(("blt.ngram_dropout", share),))
     for flops in budgets:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SELF_CUTTING', 'BLIND', 'RATIO_LOSS', 'HEAD_LOSS', 'SCORED', 'NOISES', 'Trial', 'digest', 'corpus_fingerprint',
-           'stream', 'device', 'Results', 'entropy_model', 'beginning', 'tokenizer', 'token_stream', 'byte_patcher',
-           'group_patcher', 'base_of', 'cutter_training_flops', 'Setup', 'build_tokens', 'level_config', 'build_blt',
-           'build', 'noised', 'score_other_text', 'run_trial', 'work', 'main']
+           'stream', 'device', 'Results', 'entropy_model', 'entropy_table', 'cutter', 'beginning', 'tokenizer',
+           'token_stream', 'byte_patcher', 'group_patcher', 'base_of', 'cutter_training_flops', 'Setup', 'build_tokens',
+           'level_config', 'build_blt', 'build', 'noised', 'score_other_text', 'run_trial', 'work', 'main']
 
 # %% ../../nbs/experiments/runs.ipynb #b301cd6f
 import argparse, copy, dataclasses, hashlib, importlib, json, math, os, subprocess, sys, time, traceback
@@ -51,7 +51,7 @@ class Trial:
     corpus: str = "books"          # to train on; scored on the validation split of `books`
     window: int | None = None      # ids read together, in bytes
     ngrams: bool = True            # hash n-grams, of bytes or tokens?
-    patcher: str = "entropy"       # "entropy", "rise", "space", "bpe", "static" or "random"
+    patcher: str = "entropy"       # or "rise", "space", "bpe", "static", "random", "table" (entropy without blocks)
     mean_patch: float | None = None # bytes per patch; spaces have their own
     levels: tuple[str, ...] = ()   # rules of the levels above bytes, see `group_patcher`
     sizes: tuple = ()              # pairs (name, value) in place of the preset's, for example (("latent_layers", 4),);
@@ -135,6 +135,24 @@ def entropy_model(
     options = dict(compile=True) if torch.cuda.is_available() else {}
     with series(Series(preset, corpus, folder=folder, options=options)): return get_entropy_model()
 
+@cache
+def entropy_table(
+    preset: str,
+    corpus: str,
+) -> EntropyModel:
+    "The same without blocks, so that it only looks n-grams up; from the cache, or trained now."
+    p, data = PRESETS[preset]["entropy"], PRESETS[preset]["data"]
+    def train(new):
+        torch.manual_seed(0)
+        grams = NgramConfig(p["ngram_sizes"], p["ngram_rows"], p["ngram_width"])
+        model = EntropyModel(EntropyConfig(TransformerConfig(p["width"], 0, p["heads"]), grams))
+        fit(model, Loader(stream(corpus), data["window"], data["batch_size"], 0), p["steps"], p["lr"], title="table")
+        model.save_pretrained(new)
+    return EntropyModel.from_pretrained(cached(f"experiments/table-{preset}-{corpus_fingerprint(corpus)}", train))
+
+def cutter(trial: Trial) -> EntropyModel: # whose uncertainty cuts the trial's bytes
+    return (entropy_table if trial.patcher == "table" else entropy_model)(trial.preset, trial.corpus)
+
 def beginning(
     corpus: str,
     limit: int | None, # characters; None: all
@@ -167,8 +185,8 @@ def byte_patcher(
     if trial.patcher == "bpe":
         p = trial.size("tokens")
         return bpe_patcher(tokenizer(4 * p["vocab"], p["learn"], trial.corpus), batches, mean, longest)
-    rule = {"entropy": "threshold", "rise": "rise"}[trial.patcher]
-    model = copy.deepcopy(entropy_model(trial.preset, trial.corpus)).to(device())
+    rule = {"entropy": "threshold", "table": "threshold", "rise": "rise"}[trial.patcher]
+    model = copy.deepcopy(cutter(trial)).to(device())
     return calibrate(EntropyPatcher(model, max_length=longest), [ids.to(device()) for ids in batches], mean, rule)
 
 # %% ../../nbs/experiments/runs.ipynb #6079cd68
@@ -212,8 +230,8 @@ def cutter_training_flops(
     "What training the models cost that the trial cuts with; a head for U aside, which is small."
     if trial.family != "blt": return 0.0
     total, p, data = 0.0, PRESETS[trial.preset]["entropy"], PRESETS[trial.preset]["data"]
-    if trial.patcher in ("entropy", "rise") or "byte entropy" in trial.levels:
-        each = entropy_model(trial.preset, trial.corpus).flops(data["window"])
+    if trial.patcher in ("entropy", "table", "rise") or "byte entropy" in trial.levels:
+        each = cutter(trial).flops(data["window"])
         total = 3 * each * p["steps"] * data["batch_size"] * (data["window"] - 1)
     return total + trial.flops * sum(rule in ("novelty", "U", "Bayesian surprise") for rule in trial.levels)
 
