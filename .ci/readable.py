@@ -50,6 +50,7 @@ def visible(nb, folder: str, target):
             continue
         flags, cell.source = dict(DIRECTIVE.findall(cell.source)), DIRECTIVE.sub("", cell.source).strip("\n")
         cell.metadata.update(alt=flags.get("fig-alt", "Figure"), hidden="hide" in flags or not cell.source,
+                             fold=flags.get("code-fold") == "true",
                              transient={"remove_source": flags.get("echo") == "false"})
         for output in cell.outputs:
             if "text/markdown" in output.get("data", {}):
