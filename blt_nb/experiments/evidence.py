@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'SEEDS', 'RATES', 'WINDOW', 'WINDOWS', 'NEAR', 'LEAN', 'TRIED', 'LENGTHS', 'lean_bytes', 'lean_tokens',
-           'lean_patches', 'trials', 'paired', 'student', 'at_edge']
+           'lean_patches', 'thin', 'trials', 'paired', 'student', 'at_edge']
 
 # %% ../../nbs/experiments/evidence.ipynb #382c5e6b
 import math
@@ -22,16 +22,20 @@ WINDOW = {"ci": None, "laptop": None, "gpu": 4096} # ids read together; None: th
 WINDOWS = {"ci": (64,), "laptop": (512, 2048, 4096), "gpu": (512, 2048, 8192)} # beside it
 # Leaner models than the preset's: family, patcher, sizes
 def lean_bytes(blocks, *more): return "byte", "entropy", (("byte.layers", blocks), *more)
-def lean_tokens(blocks): return "bpe", "entropy", (("tokens.layers", blocks),)
+def lean_tokens(blocks, *more): return "bpe", "entropy", (("tokens.layers", blocks), *more)
 def lean_patches(width, heads, *more): # of the latent transformer; the encoder only pools
     return "blt", "space", (("blt.encoder_layers", 0), ("blt.latent_width", width), ("blt.latent_heads", heads), *more)
 
+def thin(family, width): return (f"{family}.width", width), (f"{family}.heads", 2)
 NEAR = {"laptop": ("byte.attention", 256), "gpu": ("byte.attention", 512)} # bytes that attention sees, as in a BLT
 LEAN = { # the best of what was tried
-    "laptop": (lean_patches(128, 2, ("latent_layers", 1)), lean_bytes(1, NEAR["laptop"]), lean_tokens(1)),
+    "laptop": (lean_patches(64, 2, ("latent_layers", 1), *thin("blt", 64)),
+               lean_bytes(1, NEAR["laptop"], *thin("byte", 64)), lean_tokens(1, *thin("tokens", 64))),
     "gpu": (lean_patches(256, 4, ("latent_layers", 2), ("blt.decoder_layers", 1)), lean_bytes(2, NEAR["gpu"]),
             lean_tokens(4))}
-TRIED = {"laptop": (lean_patches(128, 2, ("latent_layers", 2)), lean_bytes(1), lean_bytes(2), lean_tokens(2)),
+TRIED = {"laptop": (lean_patches(128, 2, ("latent_layers", 1)), lean_patches(128, 2, ("latent_layers", 2)),
+                    lean_bytes(1), lean_bytes(1, NEAR["laptop"]), lean_bytes(1, NEAR["laptop"], *thin("byte", 32)), lean_tokens(1),
+                    lean_bytes(2), lean_tokens(2)),
          "gpu": (lean_bytes(1), lean_bytes(2), lean_bytes(1, NEAR["gpu"]), lean_bytes(3, NEAR["gpu"]), lean_tokens(1),
                  lean_tokens(2), lean_tokens(5))}
 LENGTHS = {"ci": (3, 5.4), "laptop": (4, 5.4, 8), "gpu": (4, 5.4, 8)} # bytes per patch; spaces give 5.4 on books
@@ -62,9 +66,8 @@ def trials(
             for patcher in ("entropy", "random", "static", "rise"):
                 add("placement", budgets[0], seed=seed, patcher=patcher, mean_patch=mean)
         add("placement", budgets[0], seed=seed, patcher="bpe", mean_patch=LENGTHS[preset][0])
-        for _, _, sizes in LEAN.get(preset, ())[:1]:
-            for patcher in ("entropy", "table"):
-                add("placement, lean", budgets[len(budgets) // 2], seed=seed, patcher=patcher, sizes=sizes)
+        for patcher in ("entropy", "table") if preset == "laptop" else ():
+            add("placement, lean", budgets[1], seed=seed, patcher=patcher, sizes=TRIED[preset][0][2])
     for window in WINDOWS[preset]: add("windows", budgets[len(budgets) // 2], window=window)
     for share in (0.1, 0.3): add("n-gram dropout", budgets[len(budgets) // 2], sizes=(("blt.ngram_dropout", share),))
     for flops in budgets:
