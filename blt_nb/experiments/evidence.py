@@ -34,8 +34,8 @@ LEAN = { # the best of what was tried
     "gpu": (lean_patches(256, 4, ("latent_layers", 2), ("blt.decoder_layers", 1)), lean_bytes(2, NEAR["gpu"]),
             lean_tokens(4))}
 TRIED = {"laptop": (lean_patches(128, 2, ("latent_layers", 1)), lean_patches(128, 2, ("latent_layers", 2)),
-                    lean_bytes(1), lean_bytes(1, NEAR["laptop"]), lean_bytes(1, NEAR["laptop"], *thin("byte", 32)), lean_tokens(1),
-                    lean_bytes(2), lean_tokens(2)),
+                    lean_bytes(1), lean_bytes(1, NEAR["laptop"]), lean_bytes(1, NEAR["laptop"], *thin("byte", 32)),
+                    lean_bytes(2), lean_tokens(1), lean_tokens(2)),
          "gpu": (lean_bytes(1), lean_bytes(2), lean_bytes(1, NEAR["gpu"]), lean_bytes(3, NEAR["gpu"]), lean_tokens(1),
                  lean_tokens(2), lean_tokens(5))}
 LENGTHS = {"ci": (3, 5.4), "laptop": (4, 5.4, 8), "gpu": (4, 5.4, 8)} # bytes per patch; spaces give 5.4 on books
