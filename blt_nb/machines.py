@@ -71,7 +71,7 @@ def optimised(model: nn.Module, compile: bool, checkpoint_activations: bool) -> 
                 m.forward = functools.partial(torch.utils.checkpoint.checkpoint, m.forward, use_reentrant=False)
                 afterwards.callback(m.__dict__.pop, "forward")
             if compile and (costly or isinstance(m, RMSNorm)):
-                m.compile(dynamic=False) # once for each shape: few, see `blt_nb.model.select`
+                m.compile(dynamic=False) # once for each shape: few, see `blt_nb.batching.select`
                 afterwards.callback(setattr, m, "_compiled_call_impl", None)
         with torch._dynamo.config.patch(recompile_limit=64): yield # for all the numbers of patches that come
 
