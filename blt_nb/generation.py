@@ -94,18 +94,18 @@ class Sampler:
         self.random = None if seed is None else torch.Generator().manual_seed(seed)
 
     def probs(self,
-        logits: Tensor, # (260,)
-    ) -> Tensor: # (260,) float32 on the CPU, 0 for what can't be drawn
+        logits: Tensor, # (..., 260)
+    ) -> Tensor: # (..., 260) float32 on the CPU, 0 for what can't be drawn
         "What is drawn from."
-        logits = logits.detach().float().cpu().clone()
-        logits[NEVER] = -math.inf
-        if self.temperature < 1e-30: return F.one_hot(logits.argmax(), len(logits)).float()
-        probs, ids = ((logits - logits.max()) / self.temperature).softmax(0).sort(descending=True, stable=True)
-        if self.top_k is not None: probs[self.top_k:] = 0
+        logits = logits.detach().float().cpu().index_fill(-1, torch.tensor(NEVER), -math.inf)
+        best = logits.max(-1, keepdim=True)
+        if self.temperature < 1e-30: return torch.zeros_like(logits).scatter(-1, best.indices, 1.0)
+        probs, ids = ((logits - best.values) / self.temperature).softmax(-1).sort(descending=True, stable=True)
+        if self.top_k is not None: probs[..., self.top_k:] = 0
         if self.top_p is not None:
-            probs /= probs.sum()
-            probs[probs.cumsum(0) - probs >= self.top_p] = 0 # the likelier ones hold the share already
-        return torch.zeros_like(probs).scatter(0, ids, probs / probs.sum())
+            probs /= probs.sum(-1, keepdim=True)
+            probs[probs.cumsum(-1) - probs >= self.top_p] = 0 # the likelier ones hold the share already
+        return torch.zeros_like(probs).scatter(-1, ids, probs / probs.sum(-1, keepdim=True))
 
     def draw(self, probs: Tensor) -> int: # (260,) up to a factor, to an id
         if self.temperature < 1e-30: return int(probs.argmax())

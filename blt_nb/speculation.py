@@ -83,7 +83,8 @@ def write_draft(
         end = bool(patcher.decide(entropy_of(logits)[None], (), cut))
         cuts.append(copy.copy(cut))
         if end or len(ids) == most: return ids, drawn_from, cuts, end
-        drawn_from.append(sampler.probs(logits.index_fill(0, recent.new_tensor([EOS_ID]), -torch.inf)))
+        logits[EOS_ID] = -torch.inf
+        drawn_from.append(sampler.probs(logits))
         ids.append(sampler.draw(drawn_from[-1]))
 
 # %% ../nbs/appendix/speculation.ipynb #spec0012
@@ -134,15 +135,12 @@ class Speculation(State):
         text = torch.cat([self.recent, self.recent.new_tensor([ids])], 1)
         x = self.blt.embed(text, self.recent.shape[1])
         logits = read_draft(self.blt, x, end, [partial(cut, n + 1) for n in range(len(patchers))], level)
-        count, following = 1, None
-        for new, q in zip(ids[1:], drawn_from):
-            p = sampler.probs(logits[count - 1])
-            if (1 - torch.rand((), generator=sampler.random)) * q[new] > p[new]: # never 0 times q
-                following = sampler.draw((p - q).clamp(min=0))
-                break
-            count += 1
-        if following is None:
-            following = sampler(logits[-1])
+        p, drafted = sampler.probs(logits), (torch.arange(len(ids) - 1), torch.tensor(ids[1:], dtype=torch.long))
+        q = torch.stack([*drawn_from, torch.zeros_like(p[0])]) # nothing was drafted after the last
+        kept = (1 - torch.rand(len(ids) - 1, generator=sampler.random)) * q[drafted] <= p[drafted] # never 0 times q
+        count = 1 + int(kept.long().cumprod(0).sum())
+        following = sampler.draw((p - q)[count - 1].clamp(min=0))
+        if count == len(ids):
             self.level, self.patchers = accepted(level), [accepted(cuts[-1]), *accepted(patchers)]
         else: # no patch has ended
             self.level.encoder, self.level.decoder = level.encoder.accept(count), level.decoder.accept(count)
