@@ -23,7 +23,7 @@ from .generation import generate, stream_text
 from .model import BLT, get_blt
 from .patching import ThresholdPatcher, complete_items
 from .show import Cut, byte_spans, count_lines, cut_short, level_name, mark, show_patches
-from .stacked import get_stacked
+from .stacked import RULES, get_stacked
 from .training import PRESETS, Series, bits_per_byte, load_splits, my_part, series, stage_identity
 
 # %% ../nbs/13_your_text.ipynb #f1b7529a
@@ -156,7 +156,7 @@ def train_series(args: argparse.Namespace) -> None: # of `blt_train`
                 undo.callback(corpus.unlink, missing_ok=True)
                 with replacing(corpus) as new: new.write_bytes(text)
         options = {k: vars(args)[k] for k in ("accumulate", "compile", "shard", "checkpoint_activations")}
-        check_start(running := Series(args.preset, corpus, args.column, out, options))
+        check_start(running := Series(args.preset, corpus, args.column, out, args.rule, options))
         undo.pop_all()
     with series(running):
         for stage, get in GET_STAGE.items():
@@ -183,6 +183,7 @@ def blt_train(arguments: Sequence[str] | None = None) -> int: # exit status; Non
         "Hub, or 'books'; '-' for text on standard input")
     add("--out", required=True, help="folder for the models and their results; made if it isn't there")
     add("--preset", choices=PRESETS, default="laptop", help="sizes and steps (default: laptop)")
+    add("--rule", choices=RULES, default=RULES[0], help=f"what cuts second-order patches (default: {RULES[0]})")
     add("--accumulate", type=int, default=1, help="parts of a batch, computed one after the other to save memory")
     add("--checkpoint-activations", action="store_true", help="compute blocks twice, to save memory")
     add("--compile", action="store_true", help="compile blocks: pays in long runs; needs a C++ compiler on a CPU")

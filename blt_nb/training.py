@@ -220,6 +220,7 @@ class Series:
     corpus: str | Path = "books"  # what `blt_nb.data.load_corpus` takes
     column: str = "text"          # the column that holds the text, where the corpus has columns
     folder: Path | None = None    # for the stages and their results; None: see `folder_of`
+    rule: str = "own novelty"     # what cuts second-order patches, see `blt_nb.stacked.next_level_patcher`
     options: dict = dataclasses.field(default_factory=dict) # of `fit`, for this machine; they leave results as they are
     loaded: list = dataclasses.field(default_factory=list)  # both splits, where files may change meanwhile
 
@@ -271,7 +272,8 @@ def stage_identity(stage: str) -> dict: # JSON
     sizes, running = {row: PRESETS[preset_name()][row] for row in STAGES[stage]}, SERIES.get()
     with processes().main_process_first():
         corpus = fingerprint((running.loaded or [load_corpus(running.corpus, column=running.column)])[0])
-    return json.loads(json.dumps(dict(stage=stage, preset=preset_name(), corpus=corpus, sizes=sizes)))
+    rule = dict(rule=running.rule) if "stacked" in sizes else {}
+    return json.loads(json.dumps(dict(stage=stage, preset=preset_name(), corpus=corpus, sizes=sizes, **rule)))
 
 # %% ../nbs/03_training.ipynb #3b48789c
 def round_bf16(model: nn.Module) -> nn.Module: # the same one

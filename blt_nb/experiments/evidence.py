@@ -46,8 +46,9 @@ def trials(
     preset: str, # "ci", "laptop" or "gpu"
 ) -> list[Trial]: # what matters most comes first
     "The whole table of a preset."
-    budgets, seeds, rates, made = BUDGETS[preset], SEEDS[preset], RATES[preset], []
-    middle = rates[len(rates) // 2]
+    budgets, seeds, rates, lean, made = BUDGETS[preset], SEEDS[preset], RATES[preset], LEAN.get(preset, ()), []
+    middle, usual = rates[len(rates) // 2], budgets[len(budgets) // 2]
+    others = [lr for lr in rates if lr != middle]
     def add(part, flops, family="blt", lr=middle, **more):
         made.append(Trial(family, flops, lr, part=part, preset=preset, **dict(window=WINDOW[preset]) | more))
     rivals = [dict(family=family, ngrams=ngrams) for ngrams in (True, False) for family in ("blt", "byte", "bpe")]
@@ -56,12 +57,12 @@ def trials(
     for flops in budgets:
         for seed in seeds[1:]:
             for rival in rivals[:3]: add("rivals", flops, seed=seed, **rival)
-    def add_lean(models, flops, seed=0):
-        for family, patcher, sizes in models:
-            add("rivals, leaner", flops, family, seed=seed, patcher=patcher, sizes=sizes)
-    add_lean(TRIED.get(preset, ()), budgets[len(budgets) // 2])
+    def add_lean(models, flops, part="rivals, leaner", **more):
+        for family, patcher, sizes in models: add(part, flops, family, patcher=patcher, sizes=sizes, **more)
+    add_lean(TRIED.get(preset, ()), usual)
     for flops in reversed(budgets):
-        for seed in seeds: add_lean(LEAN.get(preset, ()), flops, seed)
+        for seed in seeds: add_lean(lean, flops, seed=seed)
+    for lr in others: add_lean(lean, usual, "rates, lean", lr=lr)
     for seed in seeds:
         add("placement", budgets[0], seed=seed, patcher="space")
         for mean in LENGTHS[preset]:
@@ -70,10 +71,12 @@ def trials(
         add("placement", budgets[0], seed=seed, patcher="bpe", mean_patch=LENGTHS[preset][0])
         for patcher in ("entropy", "table") if preset == "laptop" else ():
             add("placement, lean", budgets[1], seed=seed, patcher=patcher, sizes=TRIED[preset][0][2])
-    for window in WINDOWS[preset]: add("windows", budgets[len(budgets) // 2], window=window)
-    for share in (0.1, 0.3): add("n-gram dropout", budgets[len(budgets) // 2], sizes=(("blt.ngram_dropout", share),))
+    for window in WINDOWS[preset]:
+        add("windows", usual, window=window)
+        add_lean(lean[:1], usual, "windows, lean", window=window)
+    for share in (0.1, 0.3): add("n-gram dropout", usual, sizes=(("blt.ngram_dropout", share),))
     for flops in budgets:
-        for lr in rates[:len(rates) // 2] + rates[len(rates) // 2 + 1:]:
+        for lr in others:
             for rival in rivals[:3]: add("rates", flops, lr=lr, **rival)
     return made
 
@@ -96,10 +99,10 @@ def student(
     freedom: int, # degrees of freedom
 ) -> float: # standard errors that a 95% interval reaches to either side
     "Quantile of Student's t, by adding up its density."
-    x = np.arange(0.5e-4, 20, 1e-4) # the middle of each strip
+    x = np.arange(0.5e-3, 200, 1e-3) # the middle of each strip
     density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-    return float(x[np.searchsorted(np.cumsum(density) * constant * 1e-4, 0.475)])
+    return float(x[np.searchsorted(np.cumsum(density) * constant * 1e-3, 0.475)])
 
 def at_edge(
     table: pd.DataFrame, # rows with "family", "flops", "lr" and "bpb"

@@ -164,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None: # None: those of the comma
         models = [lambda n=n: base_of(dataclasses.replace(trial, levels=n * ("novelty",))) for n in (1, 2)]
         trained = {rule: run_trial(dataclasses.replace(trial, levels=(rule,)))[1] for rule in SELF_CUTTING}
     one, two = (model().to(device()) for model in models)
+    if given.corpus == "books": trial = dataclasses.replace(trial, flops=one.facts["result"]["training_flops"])
     judge_rules(one, one, trial, given.treebanks, Results("units", given.out), trained)
     judge_rules(two, one, trial, given.treebanks, Results("units", given.out))
 
