@@ -302,8 +302,7 @@ def next_level_patcher(
     "What cuts the innermost patches of a trained BLT into larger ones, by name. `ValueError` for an unknown rule."
     if rule not in RULES: raise ValueError(f"rule is {rule!r}; take one of {', '.join(map(repr, RULES))}")
     data, p, backbone = preset("data"), preset("stacked"), blt.without_patchers()
-    if rule == "own novelty":
-        return OwnNoveltyPatcher(blt.config.latent.width, p.mean_group, max_length=p.max_group)
+    if rule == "own novelty": return OwnNoveltyPatcher(blt.config.latent.width, p.mean_group, max_length=p.max_group)
     if rule == "novelty": patcher = NoveltyPatcher(backbone, max_length=p.max_group)
     else: patcher = NextPatchEntropyPatcher(backbone, get_next_patch_entropy_model(blt)[0].head, max_length=p.max_group)
     loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed), blt.segment, pool=16)
@@ -322,8 +321,7 @@ def calibrate_own(blt: BLT, loader) -> None: # batches that begin with ids
 def train_stacked(
     seed: int = 0, # of weights and data order
 ) -> tuple[BLT, pd.DataFrame]: # the model and its history, see `blt_nb.training.fit`
-    """Train the two-level BLT of the running preset from scratch, cut by the running series' rule, score it, and save it
-    as the stage `blt-2`.
+    """Train the running series' two-level BLT from scratch, cut by its rule. It becomes the stage `blt-2`.
 
     It sees the text of the one-level model in the same order, and spends as many training FLOPs, cutting included."""
     one, data, p = get_blt(), preset("data"), preset("stacked")
@@ -332,8 +330,7 @@ def train_stacked(
     model = BLT(stacked_config(), [*copy.deepcopy(one.patchers), patcher])
     lengths = [preset("blt").mean_patch, p.mean_group]
     ratio = training_flops(one, lengths[:1], data.window) / training_flops(model, lengths, data.window)
-    steps = max(1, round(preset("blt").steps * ratio))
-    return model, train_blt_stage("blt-2", model, steps, p.lr, seed, calibrate_own)
+    return model, train_blt_stage("blt-2", model, max(1, round(preset("blt").steps * ratio)), p.lr, seed, calibrate_own)
 
 def get_stacked() -> BLT:
     "The two-level BLT of the running preset, loaded if there is a fitting checkpoint, else trained."

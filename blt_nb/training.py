@@ -103,9 +103,8 @@ def begin(model: nn.Module, plan: dict, folder: Path | None, shard: bool, **more
 # %% ../nbs/03_training.ipynb #799fe649
 @torch.no_grad()
 def watch(run: types.SimpleNamespace, valid: Sequence) -> float: # mean loss of validation batches, in bits
-    device = processes().device
     run.model.eval()
-    with autocast(device, run.state.plan["precision"]):
+    with autocast(processes().device, run.state.plan["precision"]):
         losses = [run.loss(run.model, *on_device(batch)) for batch in valid]
     run.model.train()
     return accelerate.utils.reduce(torch.stack(losses).mean(), "mean").item() / math.log(2)
