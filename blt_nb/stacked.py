@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'BackbonePatcher', 'NextPatchEntropyPatcher', 'novelty', 'NoveltyScore', 'NoveltyPatcher',
-           'OwnNoveltyPatcher', 'stack', 'stacked_config', 'next_level_patcher', 'calibrate_own', 'train_stacked',
-           'get_stacked']
+           'OwnNoveltyPatcher', 'stack', 'stacked_config', 'training_batches', 'next_level_patcher', 'calibrate_own',
+           'train_stacked', 'get_stacked']
 
 # %% ../nbs/10_stacked.ipynb #40020168
 import copy, dataclasses, math
@@ -280,6 +280,7 @@ def stack(
         if name.startswith(prefix + "decoder.unpools.") and name.endswith("cross.out.weight"):
             weights[name] = torch.zeros_like(weights[name])
     grown.load_state_dict(weights)
+    if patcher.inside and patcher.threshold is None: calibrate_own(grown, training_batches(blt))
     return grown
 
 # %% ../nbs/10_stacked.ipynb #c67a1da6
@@ -294,6 +295,10 @@ def stacked_config() -> BLTConfig:
 # %% ../nbs/10_stacked.ipynb #ca86f656
 RULES = "own novelty", "novelty", "U"
 
+def training_batches(blt: BLT, seed: int = 2) -> PatchedLoader: # of the running series, with a model's patches
+    data = preset("data")
+    return PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed), blt.segment, pool=16)
+
 def next_level_patcher(
     blt: BLT, # trained, any number of levels, with its patchers
     rule: str = "novelty", # one of `RULES`
@@ -301,12 +306,11 @@ def next_level_patcher(
 ) -> ThresholdPatcher: # calibrated to the running preset's mean length on training text; own novelty: by training
     "What cuts the innermost patches of a trained BLT into larger ones, by name. `ValueError` for an unknown rule."
     if rule not in RULES: raise ValueError(f"rule is {rule!r}; take one of {', '.join(map(repr, RULES))}")
-    data, p, backbone = preset("data"), preset("stacked"), blt.without_patchers()
+    p, backbone = preset("stacked"), blt.without_patchers()
     if rule == "own novelty": return OwnNoveltyPatcher(blt.config.latent.width, p.mean_group, max_length=p.max_group)
     if rule == "novelty": patcher = NoveltyPatcher(backbone, max_length=p.max_group)
     else: patcher = NextPatchEntropyPatcher(backbone, get_next_patch_entropy_model(blt)[0].head, max_length=p.max_group)
-    loader = PatchedLoader(Loader(load_splits()[0], data.window, data.batch_size, seed), blt.segment, pool=16)
-    batches = ((ids, None, patches) for ids, patches in map(loader.batch, range(16)))
+    batches = ((ids, None, patches) for ids, patches in map(training_batches(blt, seed).batch, range(16)))
     return calibrate(patcher, batches, p.mean_group)
 
 # %% ../nbs/10_stacked.ipynb #20b8adb1
