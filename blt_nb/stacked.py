@@ -263,7 +263,7 @@ def stack(
     if old.layers < 2:
         raise ValueError(f"the latent transformer has {old.layers} block; it takes two, one to read and one to write "
                          "the new level")
-    if isinstance(patcher, str): patcher = next_level_patcher(blt, patcher)
+    if named := isinstance(patcher, str): patcher = next_level_patcher(blt, patcher)
     half = old.layers // 2
     encoder, decoder = dataclasses.replace(old, layers=half), dataclasses.replace(old, layers=old.layers - half)
     levels = [*blt.config.levels, LevelConfig(encoder, decoder, norm=False)] # a norm would change what it says
@@ -280,7 +280,7 @@ def stack(
         if name.startswith(prefix + "decoder.unpools.") and name.endswith("cross.out.weight"):
             weights[name] = torch.zeros_like(weights[name])
     grown.load_state_dict(weights)
-    if patcher.inside and patcher.threshold is None: calibrate_own(grown, training_batches(blt))
+    if named and patcher.inside: calibrate_own(grown, training_batches(blt))
     return grown
 
 # %% ../nbs/10_stacked.ipynb #c67a1da6
@@ -315,10 +315,10 @@ def next_level_patcher(
 
 # %% ../nbs/10_stacked.ipynb #20b8adb1
 def calibrate_own(blt: BLT, loader) -> None: # batches that begin with ids
-    "Fix the thresholds of the levels that cut themselves, on some text."
+    "Fix the thresholds of the levels that cut themselves, on some text. What has one keeps it."
     blt.eval()
     for number, patcher in enumerate(blt.patchers):
-        if patcher.inside:
+        if patcher.inside and patcher.threshold is None:
             ids = [loader.batch(i)[0].to(blt.head.weight.device) for i in range(16)]
             calibrate(patcher, [(batch, None, blt.segment(batch, levels=number)) for batch in ids], patcher.rate)
 

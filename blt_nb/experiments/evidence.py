@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'SEEDS', 'RATES', 'WINDOW', 'WINDOWS', 'NEAR', 'LEAN', 'TRIED', 'LENGTHS', 'lean_bytes', 'lean_tokens',
-           'lean_patches', 'thin', 'trials', 'paired', 'student', 'at_edge']
+           'lean_patches', 'thin', 'trials', 'paired', 'student']
 
 # %% ../../nbs/experiments/evidence.ipynb #382c5e6b
 import math
@@ -103,13 +103,3 @@ def student(
     density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     return float(x[np.searchsorted(np.cumsum(density) * constant * 1e-3, 0.475)])
-
-def at_edge(
-    table: pd.DataFrame, # rows with "family", "flops", "lr" and "bpb"
-) -> pd.DataFrame: # best rate of each family and budget, and whether a better one may lie beyond the grid
-    "Where the grid of learning rates has to be extended before anything is claimed."
-    means = table.dropna(subset="bpb").groupby(["family", "flops", "lr"]).bpb.mean().reset_index()
-    groups = means.groupby(["family", "flops"])
-    best = means.loc[groups.bpb.idxmin()].set_index(["family", "flops"])
-    best["at_edge"] = (best.lr == groups.lr.min()) | (best.lr == groups.lr.max())
-    return best
