@@ -128,9 +128,10 @@ class Speculation(State):
     ) -> tuple[list[int], int]: # the ids that were read, `first` and what stays of a draft; and the id after them
         "Draft, read, and keep what the model would have written itself."
         ids, drawn_from, cuts, end = write_draft(self, first, sampler, most)
-        level, patchers, ends = ahead(self.level), ahead(self.patchers[1:]), [self.recent.new_tensor([end]).bool()]
+        level, patchers, none = ahead(self.level), ahead(self.patchers[1:]), torch.zeros_like(self.ends[0])
+        ends = [none | end] + [none] * len(patchers)
         def cut(number, *item): # see `State.cut`
-            ends.append(self.blt.patchers[number].push(item[:2], ends, patchers[number - 1]))
+            ends[number] = self.blt.patchers[number].push(item[:2], ends[:number], patchers[number - 1])
             return ends[number]
         text = torch.cat([self.recent, self.recent.new_tensor([ids])], 1)
         x = self.blt.embed(text, self.recent.shape[1])
@@ -147,6 +148,7 @@ class Speculation(State):
             self.level.open, self.level.count = level.open, self.level.count + count
             self.patchers[0] = cuts[count - 1]
             self.patchers[0].memory = self.patchers[0].memory.accept(count)
+        self.ends = ends if count == len(ids) else [none] * len(ends)
         self.recent, self.logits = text[:, count:count + self.recent.shape[1]], logits[count - 1:count]
         return ids[:count], following
 

@@ -288,6 +288,7 @@ class Transformer(nn.Module):
         before: Callable[[int, Tensor], Tensor] | None = None, # (number of a block, x) -> x, called before each block
     ) -> Tensor: # (B, T, d)
         rope = self.rope(torch.arange(x.shape[1], device=x.device))
+        if x.is_cuda and torch.is_autocast_enabled(): x = x.to(torch.get_autocast_dtype("cuda")) # half the traffic
         for i, block in enumerate(self.blocks):
             if before is not None: x = before(i, x)
             x = block(x, rope, cache and partial(cache.attend_all, i))

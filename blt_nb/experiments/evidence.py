@@ -33,13 +33,14 @@ LEAN = { # the best of what was tried
                lean_bytes(1, NEAR["laptop"], *thin("byte", 64)), lean_tokens(1, *thin("tokens", 64))),
     "gpu": (lean_patches(256, 4, ("latent_layers", 2), ("blt.decoder_layers", 1)),
             ("blt", "space", (("blt.encoder_layers", 0), ("latent_layers", 2))), # for the largest budget
-            lean_bytes(4, NEAR["gpu"], *thin("byte", 256, 4)), lean_tokens(4))}
+            lean_bytes(2, NEAR["gpu"], *thin("byte", 256, 4)), lean_bytes(4, NEAR["gpu"], *thin("byte", 256, 4)),
+            lean_tokens(4))}
 TRIED = {"laptop": (lean_patches(128, 2, ("latent_layers", 1)), lean_patches(128, 2, ("latent_layers", 2)),
                     lean_bytes(1), lean_bytes(1, NEAR["laptop"]), lean_bytes(1, NEAR["laptop"], *thin("byte", 32)),
                     lean_bytes(2), lean_tokens(1), lean_tokens(2)),
          "gpu": (lean_bytes(1), lean_bytes(2), lean_bytes(1, NEAR["gpu"]), lean_bytes(2, NEAR["gpu"]),
-                 lean_bytes(2, NEAR["gpu"], *thin("byte", 256, 4)), lean_bytes(3, NEAR["gpu"]), lean_tokens(1),
-                 lean_tokens(2), lean_tokens(4, *thin("tokens", 256, 4)), lean_tokens(5), lean_tokens(6))}
+                 lean_bytes(3, NEAR["gpu"]), lean_tokens(1), lean_tokens(2), lean_tokens(4, *thin("tokens", 256, 4)),
+                 lean_tokens(5), lean_tokens(6))}
 LENGTHS = {"ci": (3, 5.4), "laptop": (4, 5.4, 8), "gpu": (4, 5.4, 8)} # bytes per patch; spaces give 5.4 on books
 
 def trials(
@@ -61,8 +62,9 @@ def trials(
         for family, patcher, sizes in models: add(part, flops, family, patcher=patcher, sizes=sizes, **more)
     add_lean(TRIED.get(preset, ()), usual)
     for flops in reversed(budgets):
-        for seed in seeds: add_lean(lean, flops, seed=seed)
-    for lr in others: add_lean(lean, usual, "rates, lean", lr=lr)
+        for seed in (*seeds, *(3, 4) * (preset == "gpu")): add_lean(lean, flops, seed=seed) # three leave it open
+    add_lean(lean, usual, ngrams=False)
+    for lr in (*others, *(2e-2,) * (preset == "gpu")): add_lean(lean, usual, "rates, lean", lr=lr)
     for seed in seeds:
         add("placement", budgets[0], seed=seed, patcher="space")
         for mean in LENGTHS[preset]:

@@ -216,9 +216,9 @@ def group_patcher(
     batches = [(ids.to(device()), None, [q.to(device()) for q in cuts]) for ids, cuts in map(loader.batch, range(8))]
     return calibrate(patcher.to(device()), batches, mean)
 
-def base_of(trial: Trial) -> BLT: # one level less than the trial's, trained at its budget
+def base_of(trial: Trial) -> BLT: # one level less than the trial's, of its sizes, trained at its budget
     "From the cache, or trained now; as it begins for rules that don't read it."
-    below = dataclasses.replace(trial, levels=trial.levels[:-1], seed=0, sizes=(), part="base")
+    below = dataclasses.replace(trial, levels=trial.levels[:-1], seed=0, part="base")
     if trial.levels in BLIND: return build(below).model
     folder = cached(f"experiments/base-{below.key}", lambda new: run_trial(below)[1].save_pretrained(new))
     return BLT.from_pretrained(folder).to(device())
