@@ -131,9 +131,7 @@ def find_files(path: Path) -> dict[str, Path]: # name -> file, sorted; names don
     "The files of a corpus, all of one kind. `ValueError` if there are several kinds or none. Warns of those left out."
     if path.is_file(): return {path.name: path}
     files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob("*")) if f.is_symlink() or not f.is_dir()}
-    def kind(name): # `kind_of`, also for what isn't read
-        return "hidden" if f"/{name}".count("/.") else files[name].is_fifo() and "pipe" or kind_of(files[name]) or "unknown"
-    kinds = {name: kind(name) for name in files}
+    kinds = {n: "hidden" if "/." in f"/{n}" else not f.is_fifo() and kind_of(f) or "unknown" for n, f in files.items()}
     found = {kind: [name for name in files if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
     there = ", ".join(f"{len(names):,} {kind} ({names[0]})" for kind, names in found.items()) or "none"
     [*kind] = {*FILE_KINDS.values()} & {*found}
