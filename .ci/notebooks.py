@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -106,7 +107,8 @@ def run(path: Path, preset: str, limit: float | None = None, progress=None, **en
     with and what it prints. env: variables of the kernel's environment.
     """
     nb, until = nbformat.read(path, 4), time.monotonic() + (limit or 0)
-    kernel = AsyncKernelManager(kernel_name="python3", transport_encryption="auto")  # this environment's kernel
+    sockets = tempfile.TemporaryDirectory()  # in place of ports, which another process may take meanwhile
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
     client = Client(nb, kernel, startup_timeout=300, iopub_timeout=60, coalesce_streams=True, store_widget_state=False,
                     resources={"metadata": {"path": str(path.parent)}},
                     timeout_func=lambda cell: max(1, round(until - time.monotonic())) if limit else None)
@@ -115,7 +117,7 @@ def run(path: Path, preset: str, limit: float | None = None, progress=None, **en
     env = os.environ | {"BLT_PRESET": preset, "IN_TEST": "1", "IPYTHONDIR": str(CACHE / "ipython")} | env
     at = "the start"
     try:
-        with client.setup_kernel(env=env, cleanup_kc=True):
+        with sockets, client.setup_kernel(env=env, cleanup_kc=True):
             for i, cell in enumerate(nb.cells):
                 at = f"cell {i + 1} of {len(nb.cells)}"
                 if progress and cell.cell_type == "code":
