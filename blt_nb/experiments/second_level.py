@@ -69,7 +69,7 @@ def trials(
                 add("two levels, narrow patches", budgets[-1], seed, (rule,), NARROW[preset])
                 for flops in budgets: add("two levels, lean", flops, seed, (rule,), LEAN[preset], "space")
                 for flops, sizes in ADDED[preset].items(): add("a level added", flops, seed, (rule,), sizes, "space")
-        for rule in ("router", "novelty", "punctuation"): # the last is free, and its boundaries stay
+        for rule in ("router", "novelty", "every", "U", "punctuation"): # the last is free, and its boundaries stay
             add("two levels, lean", budgets[1], 0, (rule,), LEAN[preset], "space")
             add("a level added", budgets[1], 0, (rule,), ADDED[preset][budgets[1]], "space")
         add("three levels, lean", budgets[1], 0, 2 * ("own novelty",), LEAN[preset], "space")
