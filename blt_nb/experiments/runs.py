@@ -125,10 +125,7 @@ class Results:
 
 # %% ../../nbs/experiments/runs.ipynb #e8ac1ddc
 @cache
-def entropy_model(
-    preset: str,
-    corpus: str,
-) -> EntropyModel:
+def entropy_model(preset: str, corpus: str) -> EntropyModel:
     "What cuts bytes in all trials of a preset and corpus: that of the series for `books`, else one in the cache."
     folder = data_dir() / "cache" / "experiments" / f"{preset}-{corpus_fingerprint(corpus)}"
     if corpus == "books": folder = None
@@ -136,10 +133,7 @@ def entropy_model(
     with series(Series(preset, corpus, folder=folder, options=options)): return get_entropy_model()
 
 @cache
-def entropy_table(
-    preset: str,
-    corpus: str,
-) -> EntropyModel:
+def entropy_table(preset: str, corpus: str) -> EntropyModel:
     "The same without blocks, so that it only looks n-grams up; from the cache, or trained now."
     p, data = PRESETS[preset]["entropy"], PRESETS[preset]["data"]
     def train(new):
@@ -224,9 +218,7 @@ def base_of(trial: Trial) -> BLT: # one level less than the trial's, of its size
     return BLT.from_pretrained(folder).to(device())
 
 # %% ../../nbs/experiments/runs.ipynb #6118c277
-def cutter_training_flops(
-    trial: Trial,
-) -> float:
+def cutter_training_flops(trial: Trial) -> float:
     "What training the models cost that the trial cuts with; a head for U aside, which is small."
     if trial.family != "blt": return 0.0
     total, p, data = 0.0, PRESETS[trial.preset]["entropy"], PRESETS[trial.preset]["data"]
@@ -317,9 +309,7 @@ def build_blt(
                  cutting, means=means, loss=loss, finish=lambda: calibrate_own(model, loader))
 
 # %% ../../nbs/experiments/runs.ipynb #e2c2563a
-def build(
-    trial: Trial,
-) -> Setup:
+def build(trial: Trial) -> Setup:
     "The model and the batches of a trial. `ValueError` for an unknown family."
     (window, rows), p, b = trial.batch, trial.size("byte"), trial.size("blt")
     grams = NgramConfig(b["ngram_sizes"], b["ngram_rows"], b["ngram_width"], dropout=b.get("ngram_dropout", 0.0))
@@ -367,9 +357,7 @@ def score_other_text(
     return row
 
 # %% ../../nbs/experiments/runs.ipynb #bbd041d5
-def run_trial(
-    trial: Trial,
-) -> tuple[dict, torch.nn.Module]: # the row, and the trained model
+def run_trial(trial: Trial) -> tuple[dict, torch.nn.Module]: # the row, and the trained model
     "Train for the trial's FLOPs, and score."
     began, setup, (window, rows) = time.perf_counter(), build(trial), trial.batch
     step_bytes = rows * (setup.loader.window - 1 if trial.family == "bpe" else window - 1) * setup.bytes_per_id
@@ -382,8 +370,7 @@ def run_trial(
                 cutter_training_flops=cutter_training_flops(trial),
                 parameters=sum(p.numel() for p in setup.model.parameters() if p.requires_grad))
     row |= {f"mean_{i}": mean for i, mean in enumerate(setup.means, 1)}
-    valid = load_corpus("books", "valid")["text"]
-    valid = [text[:SCORED[trial.preset]] for text in valid]
+    valid = [text[:SCORED[trial.preset]] for text in load_corpus("books", "valid")["text"]]
     row["scored_bytes"] = sum(len(text.encode()) for text in valid)
     try:
         history = fit(setup.model, setup.loader, steps, trial.lr, title=trial.part or trial.family,
@@ -427,9 +414,7 @@ def work(
         print(json.dumps({name: row.get(name) for name in said}), flush=True)
     if failed: raise failed[0]
 
-def main(
-    arguments: list[str] | None = None, # None: those of the command line
-) -> None:
+def main(arguments: list[str] | None = None) -> None: # None: those of the command line
     "The command `python -m blt_nb.experiments.runs TABLE`."
     parser = argparse.ArgumentParser(prog="python -m blt_nb.experiments.runs",
                                      description="Run the trials that a table of results lacks, at BLT_PRESET.")
