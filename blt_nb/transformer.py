@@ -199,7 +199,7 @@ def init_linear(
 class KVSlots:
     """Where the keys and values of all layers of a stack lie, for rows whose lengths may differ.
 
-    Position p of a row lies in slot p % S. With a window S is the window, so that old positions are overwritten;
+    Position p of a row lies in slot p % S. With a window S is at least the window, and old positions are overwritten;
     without one there are at least as many slots as positions."""
     fixed = False # is there room for all that will come? Then nobody asks the GPU how much is in use
     def __init__(self,
@@ -215,13 +215,13 @@ class KVSlots:
 
     def reserve(self, positions: int) -> None: # that each row may have
         "Make room, if there is too little. Positions keep their slots."
-        if positions <= self.slots or self.slots == self.window: return
+        if positions <= self.slots or self.slots and self.window: return
         more = (self.window or positions) - self.slots
         self.k, self.v = ([F.pad(t, (0, 0, 0, more)) for t in layers] for layers in (self.k, self.v))
         self.slots += more
 
     def write(self, layer: int, row: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        "Keep n keys and values (n, h_kv, head_width), each in its row (n,) and slot (n,)."
+        "Keep keys and values (..., h_kv, head_width), each in its row (...) and slot (...)."
         for kept, new in (self.k[layer], k), (self.v[layer], v): kept[row, :, slot] = new.to(kept) # autocast: bf16
 
 # %% ../nbs/02_transformer.ipynb #aec0d48f
@@ -241,29 +241,36 @@ class KVCache(KVSlots):
         return windowed_attention(q, k, v, self.window)
 
     def next(self,
-        active: Tensor | None = None, # (B,) bool: rows that get one position more; None: all
-    ) -> tuple[Tensor, Tensor, Tensor]: # its position (B, 1), its slot (B,), the slots that it sees (B, 1, 1, S)
-        "Count one more position of each active row; its keys and values follow with `attend_next`."
-        before = self.lengths
-        if not self.fixed and (self.window is None or not self.slots) and (longest := int(before.max())) >= self.slots:
-            self.reserve(2 * max(32, longest + 1)) # not for each position anew
-        self.lengths = before + (1 if active is None else active)
-        seen = torch.arange(self.slots, device=before.device) < self.lengths[:, None]
-        return before[:, None], before % self.slots, seen[:, None, None]
+        active: Tensor | None = None, # (B,) bool: rows that get new positions; None: all
+        count: int = 1,               # T: how many
+    ) -> tuple[Tensor, tuple, Tensor]: # positions (B, T), their rows and slots, and the slots that they see (B, 1, T, S)
+        "Count new positions of each active row; their keys and values follow with `attend_next`."
+        numbers = partial(torch.arange, device=self.lengths.device)
+        position = self.lengths[:, None] + numbers(count)
+        if not self.fixed and (self.window is None or not self.slots) and (last := int(position.max())) >= self.slots:
+            self.reserve(2 * max(32, last + 1)) # not for each position anew
+        assert not self.window or self.slots >= self.window + count - 1, "so many positions need more slots"
+        self.lengths = self.lengths + (count if active is None else count * active)
+        back = (position[..., None] - numbers(self.slots)) % self.slots # positions, to each slot
+        seen = back <= position[..., None].clamp(max=(self.window or self.slots) - 1)
+        return position, (numbers(len(position))[:, None], position % self.slots), seen[:, None]
 
     def attend_next(self,
         layer: int,
-        slot: Tensor, # (B,) from `next`
-        seen: Tensor, # (B, 1, 1, S) from `next`
-        q: Tensor,    # (B, h, 1, head_width) of the new position
-        k: Tensor,    # (B, h_kv, 1, head_width) to be kept
-        v: Tensor,    # (B, h_kv, 1, head_width)
-    ) -> Tensor: # (B, h, 1, head_width)
-        "Attention of one more position to those that are kept."
-        self.write(layer, torch.arange(len(slot), device=slot.device), slot, k[:, :, 0], v[:, :, 0])
-        sharing = q.view(len(q), k.shape[1], -1, q.shape[3]) # (B, h_kv, heads that share keys, head_width)
-        scores = sharing @ self.k[layer].mT * q.shape[3]**-0.5
-        return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ self.v[layer]).view(q.shape)
+        place: tuple, # from `next`
+        seen: Tensor, # (B, 1, T, S) from `next`
+        q: Tensor,    # (B, h, T, head_width) of the new positions
+        k: Tensor,    # (B, h_kv, T, head_width) to be kept
+        v: Tensor,    # (B, h_kv, T, head_width)
+    ) -> Tensor: # (B, h, T, head_width)
+        "Attention of new positions to those that are kept, and to each other."
+        self.write(layer, *place, k.transpose(1, 2), v.transpose(1, 2))
+        k, v, (B, heads, T, width) = self.k[layer].to(q), self.v[layer].to(q), q.shape
+        if not q.is_cuda: # where that kernel would leave most of the processors idle
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=heads != k.shape[1])
+        sharing = q.reshape(B, k.shape[1], -1, width) # (B, h_kv, heads that share keys · T, head_width)
+        scores = (sharing @ k.mT * width**-0.5).view(B, k.shape[1], -1, T, self.slots)
+        return (scores.masked_fill(~seen[:, None], -math.inf).softmax(-1).flatten(2, 3) @ v).view(q.shape)
 
 # %% ../nbs/02_transformer.ipynb #7dc385bc
 class Transformer(nn.Module):
@@ -295,17 +302,17 @@ class Transformer(nn.Module):
         return x
 
     def step(self,
-        x: Tensor,                    # (B, 1, d) one new position of each row
+        x: Tensor,                    # (B, T, d) new positions of each row, mostly one
         cache: KVCache,               # of the positions before it
         active: Tensor | None = None, # (B,) bool: rows that have a new position; what others get means nothing
         before: Callable[[int, Tensor], Tensor] | None = None, # see `forward`
-    ) -> Tensor: # (B, 1, d)
-        "`forward` for one position that comes after those in the cache, at the cost of that position."
-        position, slot, seen = cache.next(active)
+    ) -> Tensor: # (B, T, d)
+        "`forward` for positions that come after those in the cache, at the cost of the new ones."
+        position, place, seen = cache.next(active, x.shape[1])
         rope = self.rope(position)
         for i, block in enumerate(self.blocks):
             if before is not None: x = before(i, x)
-            x = block(x, rope, partial(cache.attend_next, i, slot, seen))
+            x = block(x, rope, partial(cache.attend_next, i, place, seen))
         return x
 
 # %% ../nbs/02_transformer.ipynb #aa1fe21a
