@@ -10,7 +10,7 @@ import copy, dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import torch, torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from .data import EOS_ID, OFFSET
