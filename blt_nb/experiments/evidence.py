@@ -30,14 +30,15 @@ def thin(family, width, heads=2): return (f"{family}.width", width), (f"{family}
 NEAR = {"laptop": ("byte.attention", 256), "gpu": ("byte.attention", 512)} # bytes that attention sees, as in a BLT
 LEAN = { # the best of what was tried
     "laptop": (lean_patches(64, 2, ("latent_layers", 1), *thin("blt", 64)),
-               lean_bytes(1, NEAR["laptop"], *thin("byte", 64)), lean_tokens(1, *thin("tokens", 64)), lean_tokens(1)),
+               lean_bytes(1, NEAR["laptop"], *thin("byte", 64)),
+               lean_tokens(1, *thin("tokens", 64)), lean_tokens(1, *thin("tokens", 128))), # for the largest budget
     "gpu": (lean_patches(256, 4, ("latent_layers", 2), ("blt.decoder_layers", 1)),
             ("blt", "space", (("blt.encoder_layers", 0), ("latent_layers", 2))), # for the largest budget
             lean_bytes(2, NEAR["gpu"], *thin("byte", 256, 4)), lean_bytes(4, NEAR["gpu"], *thin("byte", 256, 4)),
             lean_tokens(4))}
 TRIED = {"laptop": (lean_patches(128, 2, ("latent_layers", 1)), lean_patches(128, 2, ("latent_layers", 2)),
                     lean_bytes(1), lean_bytes(1, NEAR["laptop"]), lean_bytes(1, NEAR["laptop"], *thin("byte", 32)),
-                    lean_bytes(2), lean_tokens(2)),
+                    lean_bytes(2), lean_tokens(1), lean_tokens(2)),
          "gpu": (lean_bytes(1), lean_bytes(2), lean_bytes(1, NEAR["gpu"]), lean_bytes(2, NEAR["gpu"]),
                  lean_bytes(3, NEAR["gpu"]), lean_tokens(1), lean_tokens(2), lean_tokens(4, *thin("tokens", 256, 4)),
                  lean_tokens(5), lean_tokens(6))}
