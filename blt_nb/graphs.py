@@ -66,8 +66,8 @@ class GraphedState(State):
                 reach = int((thing.count.cpu() + self.left[depth]).max())
                 longest = max(16, self.blt.patchers[depth].max_length or 1 << reach.bit_length())
                 thing.open = F.pad(thing.open, (0, 0, 0, max(0, longest - thing.open.shape[1])))
-        fresh = partial(torch.clone, memory_format=torch.contiguous_format) # strides that compiled code expects
-        for thing, name, tensor in tensors(self).values(): put(thing, name, fresh(tensor))
+        # in that format a slice gets the strides of a tensor of its own, which compiled code expects
+        for thing, name, t in tensors(self).values(): put(thing, name, t.clone(memory_format=torch.contiguous_format))
 
     def free(self) -> Tensor: # (levels + 1, B), on the CPU
         "Ask the GPU for how many items of each level there is room."

@@ -118,8 +118,9 @@ class Speculation(State):
         following = sampler.draw((p - q)[count - 1].clamp(min=0))
         read, self.patchers[0] = self.level.lengths + count, cuts[count - 1]
         if count == len(ids): self.level, self.patchers[1:] = level, patchers
-        else: self.level = dataclasses.replace(self.level, encoder=level.encoder, decoder=level.decoder, open=level.open,
-                                               count=self.level.count + count) # no patch has ended
+        else: # no patch has ended
+            new = dict(encoder=level.encoder, decoder=level.decoder, open=level.open, count=self.level.count + count)
+            self.level = dataclasses.replace(self.level, **new)
         self.level.lengths = self.patchers[0].memory.lengths = read
         self.ends = ends if count == len(ids) else [none] * len(ends)
         self.recent, self.logits = text[:, count:count + self.recent.shape[1]], logits[count - 1:count]

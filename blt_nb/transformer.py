@@ -243,7 +243,7 @@ class KVCache(KVSlots):
     def next(self,
         active: Tensor | None = None, # (B,) bool: rows that get new positions; None: all
         count: int = 1,               # T: how many
-    ) -> tuple[Tensor, tuple, Tensor]: # positions (B, T), their rows and slots, and the slots that they see (B, 1, T, S)
+    ) -> tuple[Tensor, tuple, Tensor]: # positions (B, T), their rows and slots, the slots that they see (B, 1, T, S)
         "Count new positions of each active row; their keys and values follow with `attend_next`."
         numbers = partial(torch.arange, device=self.lengths.device)
         position = self.lengths[:, None] + numbers(count)
