@@ -266,7 +266,7 @@ class KVCache(KVSlots):
         "Attention of new positions to those that are kept, and to each other."
         self.write(layer, *place, k.transpose(1, 2), v.transpose(1, 2))
         k, v, (B, heads, T, width) = self.k[layer].to(q), self.v[layer].to(q), q.shape
-        if not q.is_cuda: # where that kernel would leave most of the processors idle
+        if not q.is_cuda: # on a GPU this kernel leaves most processors idle
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=heads != k.shape[1])
         sharing = q.reshape(B, k.shape[1], -1, width) # (B, h_kv, heads that share keys · T, head_width)
         scores = (sharing @ k.mT * width**-0.5).view(B, k.shape[1], -1, T, self.slots)
