@@ -95,16 +95,17 @@ class Sampler:
 
     def probs(self,
         logits: Tensor, # (..., 260)
-    ) -> Tensor: # (..., 260) float32 on the CPU, 0 for what can't be drawn
+    ) -> Tensor: # (..., 260) float32, 0 for what can't be drawn
         "What is drawn from."
-        logits = logits.detach().float().cpu().index_fill(-1, torch.tensor(NEVER), -math.inf)
+        logits = logits.detach().float().clone()
+        for i in NEVER: logits[..., i] = -math.inf
         best = logits.max(-1, keepdim=True)
         if self.temperature < 1e-30: return torch.zeros_like(logits).scatter(-1, best.indices, 1.0)
         probs, ids = ((logits - best.values) / self.temperature).softmax(-1).sort(descending=True, stable=True)
         if self.top_k is not None: probs[..., self.top_k:] = 0
         if self.top_p is not None:
             probs /= probs.sum(-1, keepdim=True)
-            probs[probs.cumsum(-1) - probs >= self.top_p] = 0 # the likelier ones hold the share already
+            probs = probs.where(probs.cumsum(-1) - probs < self.top_p, 0) # the likelier ones hold the share already
         return torch.zeros_like(probs).scatter(-1, ids, probs / probs.sum(-1, keepdim=True))
 
     def draw(self, probs: Tensor) -> int: # (260,) up to a factor, to an id
@@ -112,7 +113,7 @@ class Sampler:
         return int(torch.multinomial(probs, 1, generator=self.random))
 
     def __call__(self, logits: Tensor) -> int: # (260,) to an id
-        return self.draw(self.probs(logits))
+        return self.draw(self.probs(logits.cpu()))
 
 # %% ../nbs/09_generation.ipynb #34d37741
 def within(ids: list[int], context: int | None) -> list[int]: # what is read of a text, given as ids with BOS first
@@ -160,7 +161,7 @@ def generate(
     stream: bool = False,       # return an iterator that yields bytes as they are written
     context: int | None = None, # ids that the model looks back on at most, for example the window it was trained with
     compile: bool = False,      # compile the steps: takes up to a minute once, then each byte takes less time
-    speculate: bool = False,    # have the entropy model write ahead, see `blt_nb.speculation`; one prompt, on a CPU
+    speculate: bool = False,    # have the entropy model write ahead, see `blt_nb.speculation`; for one prompt
 ) -> str | list[str] | Iterator[bytes] | Iterator[tuple[bytes, ...]]: # after the prompt; what isn't UTF-8 as "�"
     """Go on with a text, or with several, patch boundaries found as bytes arrive.
 
@@ -177,8 +178,8 @@ def generate(
     texts = [encode(p, bos=True).tolist() for p in prompts]
     if speculate:
         from blt_nb.speculation import speculate as write # which builds on this module
-        if compile or not one: raise ValueError("speculate=True is for one prompt, without compile=True: leave one out")
-        steps = zip(write(blt, texts[0], samplers[0], max_new_bytes, context))
+        if not one: raise ValueError(f"speculate=True is for one prompt; here are {len(prompts)}, in a list")
+        steps = zip(write(blt, texts[0], samplers[0], max_new_bytes, context, compile))
     else: steps = sample_bytes(blt, texts, samplers, max_new_bytes, context, compile) if prompts else iter(())
     if stream: return (new for new, in steps) if one else steps
     written = [b"".join(text).decode("utf-8", "replace") for text in zip(*steps)] or [""] * len(prompts)

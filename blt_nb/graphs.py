@@ -39,6 +39,8 @@ def tensors(state: State) -> dict[tuple, tuple]: # path -> what holds the tensor
 # %% ../nbs/appendix/graphs.ipynb #7a0922b6
 class GraphedState(State):
     "A `State` whose `push` plays recorded CUDA graphs; on a CPU it goes the same way without recording."
+    recorded = True # False: nothing is, and shapes may change, as in a `State`
+    spare = 0       # items that may stand behind an open patch
     def __init__(self,
         blt: BLT,
         texts: Sequence[Sequence[int]], # see `State`
@@ -46,14 +48,15 @@ class GraphedState(State):
         compile: bool = False, # compile the parts of a push, which takes a minute
     ):
         super().__init__(blt, texts)
-        self.new, self.compiled = torch.zeros_like(self.recent[:, 0]), {} if compile else None
+        self.new, self.compile = torch.zeros_like(self.recent[:, 0]), compile
         if compile: torch._dynamo.config.recompile_limit = 64 # for parts that differ in what is decided
         self.reserve(room)
 
     @torch.inference_mode()
     def reserve(self, room: int) -> None: # for so many more ids
         "Give every tensor a place of its own, and a shape that lasts."
-        self.room, self.graphs, self.pool, self.most = room, {}, None, 0
+        if not self.recorded: return
+        self.room, self.graphs, self.pool, self.most, self.levels = room, {}, None, 0, []
         used = (-self.free()).max(1).values.tolist() # items of each level
         self.most = torch.tensor([[max(16, 1 << (n + room // 3**depth).bit_length())] for depth, n in enumerate(used)])
         self.left = self.free() # powers of two are few sizes, to compile once
@@ -63,8 +66,9 @@ class GraphedState(State):
                 thing.reserve(int(self.most[depth]))
                 thing.fixed = True
             if isinstance(thing, LevelState):
+                self.levels.append((depth, thing))
                 reach = int((thing.count.cpu() + self.left[depth]).max())
-                longest = max(16, self.blt.patchers[depth].max_length or 1 << reach.bit_length())
+                longest = max(16, self.blt.patchers[depth].max_length or 1 << reach.bit_length()) + self.spare
                 thing.open = F.pad(thing.open, (0, 0, 0, max(0, longest - thing.open.shape[1])))
         # in that format a slice gets the strides of a tensor of its own, which compiled code expects
         for thing, name, t in tensors(self).values(): put(thing, name, t.clone(memory_format=torch.contiguous_format))
@@ -75,19 +79,23 @@ class GraphedState(State):
         while part: lengths, part = [*lengths, part.lengths.cpu()], getattr(part, "inner", None)
         return self.most - torch.stack(lengths)
 
+    def need(self, ids: int) -> None:
+        "Have room for so many more of each text, and for one more item of each level: at worst that is too much."
+        least = torch.ones_like(self.left)
+        least[0] = ids
+        if (self.left < least).any(): self.left = self.free()
+        if (self.left < least).any(): self.reserve(max(self.room, ids))
+        self.left -= least
+
     @torch.inference_mode()
     def push(self, ids):
-        if (self.left < 1).any(): self.left = self.free()
-        if (self.left < 1).any(): self.reserve(self.room)
+        if not self.recorded: return super().push(ids)
+        self.need(1)
         self.new.copy_(ids)
-        self.left[0] -= 1
-        decided, ends = (), None
-        for level in range(len(self.ends)):
-            if level < self.blt.ahead:
-                self.play(("cut", decided), decided, partial(self.take_and_cut, level))
-                ends = self.ends[level].cpu()
-                decided += (bool(ends.any()),)
-            self.left[level + 1] -= ends.long() # where nobody has told us, as many as below: at worst it is less
+        decided = ()
+        for level in range(self.blt.ahead):
+            self.play(("cut", decided), decided, partial(self.take_and_cut, level))
+            decided += (bool(self.ends[level].any()),)
         self.play(("step", decided), decided, self.step)
         return self.logits.clone() # the next push writes over them
 
@@ -97,17 +105,20 @@ class GraphedState(State):
 
     def play(self, name: tuple, decided: tuple[bool, ...], part: Callable) -> None:
         "Play a part of a push, for which it is decided in which levels a patch ends; or run it, and record it."
-        if name in self.graphs: return self.graphs[name].replay()
-        levels = [(path, thing) for path, thing in holders(self) if isinstance(thing, LevelState)]
-        for path, level in levels: level.decided = (*decided, True)[min(path.count("inner"), len(decided))]
-        if self.compiled is not None:
-            if name not in self.compiled: self.compiled[name] = torch.compile(part, dynamic=False)
-            part = self.compiled[name]
+        if not self.recorded: return part()
+        for depth, level in self.levels: level.decided = (*decided, True)[min(depth, len(decided))]
+        if name in self.graphs: return self.graphs[name]()
+        if self.compile: part = torch.compile(part, dynamic=False)
+        if not self.in_place():
+            self.graphs[name] = part
+            return part()
         self.run(part)
         if self.new.is_cuda:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool): self.run(part)
-            self.graphs[name], self.pool = graph, graph.pool()
+            self.graphs[name], self.pool = graph.replay, graph.pool()
+
+    def in_place(self): return self.new.is_cuda # must tensors stay where they are?
 
     def run(self, part: Callable) -> None:
         "Let it replace tensors, then put the results where they were."

@@ -66,7 +66,10 @@ def trials(
         for seed in (*seeds, *(3, 4) * (flops == 1.2e16)): add_lean(lean, flops, seed=seed) # three left it open
     add_lean(lean, usual, ngrams=False)
     for lr in (*others, *(2e-2,) * (preset == "gpu")): add_lean(lean, usual, "rates, lean", lr=lr)
-    for lr in others[1:]: add_lean(lean, budgets[-1], "rates, lean", lr=lr)
+    for lr in others[1:]:
+        add_lean(lean, budgets[-1], "rates, lean", lr=lr)
+        for seed in seeds[1:] if preset == "gpu" else (): # tokens gain by it
+            add_lean(lean[-1:], budgets[-1], "rates, lean", lr=lr, seed=seed)
     for seed in seeds:
         add("placement", budgets[0], seed=seed, patcher="space")
         for mean in LENGTHS[preset]:

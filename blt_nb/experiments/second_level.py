@@ -52,9 +52,9 @@ def trials(
 ) -> list[Trial]: # what matters most comes first
     "Two levels by each rule, one level, three levels; the rivals that matter with three seeds, large budgets first."
     made, budgets, seeds = [], sorted(BUDGETS[preset], reverse=True), (0,) if preset == "ci" else (0, 1, 2)
-    def add(part, flops, seed, levels=(), sizes=(), patcher="entropy"):
+    def add(part, flops, seed, levels=(), sizes=(), patcher="entropy", window=WINDOW[preset]):
         trial = Trial("blt", flops, RATES[preset], seed, part, preset, levels=levels, sizes=sizes, patcher=patcher)
-        made.append(dataclasses.replace(trial, window=WINDOW[preset]))
+        made.append(dataclasses.replace(trial, window=window))
     def compare(flops, rules, blocks, seeds):
         for seed in seeds:
             for n in blocks: add("one level", flops, seed, sizes=(("latent_layers", n),))
@@ -73,6 +73,8 @@ def trials(
             add("two levels, lean", budgets[1], 0, (rule,), LEAN[preset], "space")
             add("a level added", budgets[1], 0, (rule,), ADDED[preset][budgets[1]], "space")
         add("three levels, lean", budgets[1], 0, 2 * ("own novelty",), LEAN[preset], "space")
+        for rule in RULES[1:3] if preset == "gpu" else ():
+            add("a level added, long windows", budgets[1], 0, (rule,), ADDED[preset][budgets[1]], "space", window=8192)
     add("three levels", budgets[0], 0, ("novelty", "novelty"))
     if preset != "ci":
         compare(budgets[0], RULES[6:], BLOCKS[preset][2:], seeds[:1])
