@@ -58,8 +58,8 @@ def read_draft(
     blt, level, own, reach = state.blt, state.blt.level, state.level, state.recent.shape[1]
     x = level.encoder.transformer.step(blt.embed(state.text[:, :reach + size], reach), own.encoder)
     number, items = torch.arange(size, device=x.device), own.count + count
-    if own.decided is None: own.open = F.pad(own.open, (0, 0, 0, max(0, int(own.count) + size - own.open.shape[1])))
-    own.open[:, own.count + number] = x
+    if own.decided is None: own.open = torch.cat([own.open[:, :int(own.count)], x], 1)
+    else: own.open[:, own.count + number] = x
     keys_values, visible = own.visible, None
     if own.decided or own.decided is None and end:
         padding = torch.arange(own.open.shape[1], device=x.device) >= items
