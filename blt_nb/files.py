@@ -133,7 +133,7 @@ def find_files(path: Path) -> dict[str, Path]: # name -> file, sorted; names don
     files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob("*")) if f.is_symlink() or not f.is_dir()}
     kinds = {n: "hidden" if "/." in f"/{n}" else not f.is_fifo() and kind_of(f) or "unknown" for n, f in files.items()}
     found = {kind: [name for name in files if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
-    there = ", ".join(f"{len(names):,} {kind} ({names[0]})" for kind, names in found.items()) or "none"
+    there = ", ".join(f"{len(n):,} {k} ({n[0]})" for k, n in found.items()) or ("none" if path.is_dir() else "a pipe")
     [*kind] = {*FILE_KINDS.values()} & {*found}
     if len(kind) != 1: raise ValueError(f"{path} must hold files of one kind (text, json, parquet); there are: {there}")
     if len(found) > 1: warnings.warn(f"{path}: of these files only {kind[0]} is read: {there}")
