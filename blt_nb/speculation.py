@@ -94,7 +94,7 @@ class Speculation(GraphedState):
         cut, self.size = self.patchers[0], SHORT if self.recorded else MOST # ids of the longest draft
         for cache in (self.level.encoder, self.level.decoder, cut.memory): make_spare(cache)
         self.text = F.pad(self.recent, (0, self.size + 1))  # the last ids that were read, the draft, and an id more
-        self.at, self.limit = self.new + 0, self.new + 0    # ids of the draft so far, and at most
+        self.at = self.new + 0                              # ids of the draft so far
         numbers = partial(torch.ones, device=self.new.device)
         self.over = numbers(self.size) < 1                  # is the patch over after each id of the draft?
         self.cuts = {name: getattr(cut, name).repeat(self.size) for name in ("items", "run", "before")} # see `decide`
@@ -111,7 +111,6 @@ class Speculation(GraphedState):
         limit, reach, end = min(limit, self.size), self.recent.shape[1], True
         self.text[:, :reach], self.text[:, reach] = self.recent, first
         self.at.zero_()
-        self.limit.fill_(limit)
         if self.sampler.temperature:
             self.noise.copy_(torch.empty(self.noise.shape).exponential_(generator=self.sampler.random))
             self.chance.copy_(1 - torch.rand(len(self.chance), generator=self.sampler.random)) # never 0
@@ -126,7 +125,7 @@ class Speculation(GraphedState):
         "Read the draft, keep what stays, and take back the rest."
         own, cut, reach = self.level, self.patchers[0], self.recent.shape[1]
         size = self.size if self.recorded else int(self.at)
-        count = torch.minimum((~self.over[:size]).long().cumprod(0).sum() + 1, self.limit)
+        count = torch.minimum((~self.over[:size]).long().cumprod(0).sum() + 1, self.at)
         end = self.over[count - 1]
         self.ends = [end, *(torch.zeros_like(end) for _ in self.ends[1:])]
         above, lengths, items, visible = [own.inner, *self.patchers[1:]], own.lengths, own.count, own.visible
